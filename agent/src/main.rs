@@ -1,0 +1,3 @@
+//! `bulkhead-agent`: PID 1 of a Bulkhead guest.
+
+fn main() {}

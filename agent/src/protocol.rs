@@ -1,0 +1,89 @@
+//! What shim and agent agree on, beside the messages themselves.
+//!
+//! # Connection
+//!
+//! When the guest is ready, the agent connects to the host (vsock CID 2, port [`AGENT_PORT`]) and then *serves* ttrpc on that
+//! stream: [`sandbox`]'s `Sandbox` service and containerd's own `containerd.task.v3.Task`. When the connection breaks it
+//! connects again. The shim is the client.
+//!
+//! # Containers
+//!
+//! The Task requests pass through as containerd sent them, with these fields in the guest's terms:
+//!
+//! * `CreateTaskRequest.options` is an Any with type URL [`SPEC_TYPE_URL`] and the bundle's `config.json` as its value; `bundle` is
+//!   ignored, `checkpoint` empty.
+//! * `CreateTaskRequest.rootfs` is a list of mounts with sources in the guest's terms, as [`disk_source`] writes them:
+//!   file systems of type `erofs`, `ext4` or `xfs` on disks, and, if there is one of type `overlay`, it is the last: all mounts
+//!   before it are its lower layers, the topmost first, and its upper directory is made on the scratch disk (unless its options contain
+//!   `ro`). An `overlay` with no mount before it is a plain empty directory of the scratch disk. Without an `overlay` the list has
+//!   exactly one mount, the root itself.
+//! * `stdin`, `stdout` and `stderr`, of Create and of Exec, are empty (`/dev/null`) or a stream's name (see below). With a terminal `stderr` is
+//!   empty.
+//!
+//! # Streams
+//!
+//! The agent listens on vsock port [`STREAM_PORT`]. The shim connects once for each stream, and the first eight bytes it sends are the
+//! stream's number, a little-endian `u64` that is used only once in the life of a sandbox. The name of a stream in a request is that
+//! number in decimal. Stream and request may arrive in either order. What follows are the plain bytes of standard input, output or
+//! error; the end of the data is the end (half-close) of the stream.
+
+#[allow(warnings, clippy::all)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+}
+
+pub use generated::{sandbox, sandbox_ttrpc};
+
+/// The port of the host (CID 2) that the agent connects to.
+pub const AGENT_PORT: u32 = 1024;
+
+/// The port of the guest on which the agent accepts streams.
+pub const STREAM_PORT: u32 = 1025;
+
+/// Type URL of `CreateTaskRequest.options`: an OCI runtime specification in JSON.
+pub const SPEC_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
+
+/// Names a disk by its PCI device number (bus 0, function 0), or one of its partitions (counted from 1), as the source of a mount.
+pub fn disk_source(slot: u8, partition: Option<u32>) -> String {
+    match partition {
+        Some(partition) => format!("pci:{slot}/{partition}"),
+        None => format!("pci:{slot}"),
+    }
+}
+
+/// Reads what [`disk_source`] wrote: PCI device number and partition.
+pub fn parse_disk_source(source: &str) -> Option<(u8, Option<u32>)> {
+    let rest = source.strip_prefix("pci:")?;
+    let (slot, partition) = match rest.split_once('/') {
+        Some((slot, partition)) => (slot, Some(partition.parse().ok().filter(|&p| p > 0)?)),
+        None => (rest, None),
+    };
+    Some((slot.parse().ok().filter(|&s| s < 32)?, partition))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disk_sources_are_read_as_written() {
+        for (slot, partition) in [(0, None), (31, Some(1)), (4, Some(127))] {
+            assert_eq!(
+                parse_disk_source(&disk_source(slot, partition)),
+                Some((slot, partition))
+            );
+        }
+        for bad in [
+            "",
+            "pci:",
+            "pci:32",
+            "pci:4/",
+            "pci:4/0",
+            "pci:-1",
+            "/dev/vda",
+            "pci:4/1/2",
+        ] {
+            assert_eq!(parse_disk_source(bad), None, "{bad:?}");
+        }
+    }
+}

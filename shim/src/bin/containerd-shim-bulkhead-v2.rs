@@ -1,0 +1,3 @@
+//! `containerd-shim-bulkhead-v2`: the shim that containerd starts, one per pod.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The containerd shim of Bulkhead, as a library for its two binaries.
+
+pub mod disk;

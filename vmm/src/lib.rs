@@ -1,0 +1,3 @@
+//! The Bulkhead virtual machine monitor: device models, machine, launcher and control protocol.
+
+pub mod control;
