@@ -1,3 +1,7 @@
 //! The Bulkhead virtual machine monitor: device models, machine, launcher and control protocol.
 
 pub mod control;
+pub mod irq;
+pub mod memory;
+pub mod seccomp;
+pub mod stop;
