@@ -2,6 +2,7 @@
 
 pub mod control;
 pub mod irq;
+pub mod launch;
 pub mod memory;
 pub mod seccomp;
 pub mod stop;
