@@ -1,3 +1,8 @@
 //! The containerd shim of Bulkhead, as a library for its two binaries.
 
+pub mod annotations;
+pub mod args;
+pub mod bootstrap;
 pub mod disk;
+pub mod logging;
+pub mod state;

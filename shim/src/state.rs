@@ -1,0 +1,188 @@
+//! What a shim writes down early, so that `delete` finds what a dead shim left behind.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
+
+/// The file's name in the bundle of the shim's first task.
+const FILE: &str = "bulkhead.json";
+
+/// The resources of a sandbox that outlive its shim's process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// The shim's listening socket.
+    pub socket: PathBuf,
+    /// The shim.
+    pub shim: ProcessId,
+    /// The virtual machine monitor, once it runs.
+    pub vmm: Option<ProcessId>,
+    /// Files to remove, the scratch disk among them.
+    pub files: Vec<PathBuf>,
+    /// The control groups that the machine runs in.
+    pub cgroups: Vec<PathBuf>,
+}
+
+impl State {
+    /// Writes the state into a bundle, in place of an older one, all or nothing.
+    pub fn write(&self, bundle: &Path) -> io::Result<()> {
+        write_atomically(&bundle.join(FILE), &serde_json::to_vec(self)?)
+    }
+
+    /// Reads the state from a bundle; `None` if no shim was ever started there.
+    pub fn read(bundle: &Path) -> io::Result<Option<Self>> {
+        match fs::read(bundle.join(FILE)) {
+            Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Writes a file that is never seen half-written.
+pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
+    fs::write(&temporary, content)?;
+    fs::rename(&temporary, path)
+}
+
+/// A process, told apart from a later one with the same number by its start time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// The process's number.
+    pub pid: i32,
+    /// When it started, in clock ticks since the host's boot (`starttime` of proc(5)).
+    pub start: u64,
+}
+
+impl ProcessId {
+    /// Identifies a running process.
+    pub fn of(pid: i32) -> io::Result<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        // The command's name, in parentheses, may hold anything; `starttime` is field 22, the twentieth after it.
+        let start = stat
+            .rsplit_once(')')
+            .and_then(|(_, rest)| rest.split_whitespace().nth(19))
+            .and_then(|field| field.parse().ok())
+            .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has no start time")))?;
+        Ok(Self { pid, start })
+    }
+
+    /// Kills the process and waits until it is gone, at most for `patience`. A process that is gone already is fine.
+    pub fn kill(&self, patience: Duration) -> io::Result<()> {
+        let Some(pidfd) = self.open()? else {
+            return Ok(());
+        };
+        pidfd_kill(&pidfd)?;
+        let timeout = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, timeout)? {
+            0 => Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!(
+                    "process {} is still there {patience:?} after SIGKILL",
+                    self.pid
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Opens the process, if it still is this one.
+    fn open(&self) -> io::Result<Option<OwnedFd>> {
+        // SAFETY: pidfd_open takes two integers and touches no memory.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
+        if fd < 0 {
+            return match Errno::last() {
+                Errno::ESRCH => Ok(None),
+                errno => Err(errno.into()),
+            };
+        }
+        // SAFETY: the kernel has just made this descriptor for us.
+        let pidfd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        match Self::of(self.pid) {
+            Ok(now) if now == *self => Ok(Some(pidfd)),
+            Ok(_) => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn pidfd_kill(pidfd: &OwnedFd) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: a null siginfo is allowed, and the other arguments are integers.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            libc::SIGKILL,
+            std::ptr::null::<libc::siginfo_t>(),
+            0,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ if Errno::last() == Errno::ESRCH => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn the_state_is_read_as_written() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(State::read(dir.path()).unwrap(), None);
+        let mut state = State {
+            socket: "/run/containerd/s/0".into(),
+            shim: ProcessId { pid: 2, start: 3 },
+            vmm: None,
+            files: vec![],
+            cgroups: vec![],
+        };
+        state.write(dir.path()).unwrap();
+        state.vmm = Some(ProcessId { pid: 4, start: 5 });
+        state.files.push("/x".into());
+        state.write(dir.path()).unwrap();
+        assert_eq!(State::read(dir.path()).unwrap(), Some(state));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        fs::write(dir.path().join(FILE), "{").unwrap();
+        assert!(State::read(dir.path()).is_err());
+    }
+
+    #[test]
+    fn only_the_very_process_is_killed() {
+        let mut child = Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let id = ProcessId::of(child.id() as i32).unwrap();
+        let other = ProcessId {
+            start: id.start + 1,
+            ..id
+        };
+        other.kill(Duration::from_secs(5)).unwrap();
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "it has another start time"
+        );
+        id.kill(Duration::from_secs(5)).unwrap();
+        let status = child.wait().unwrap();
+        assert_eq!(
+            std::os::unix::process::ExitStatusExt::signal(&status),
+            Some(9)
+        );
+        id.kill(Duration::from_secs(5)).unwrap();
+    }
+}
