@@ -4,5 +4,7 @@ pub mod control;
 pub mod irq;
 pub mod launch;
 pub mod memory;
+pub mod pci;
 pub mod seccomp;
 pub mod stop;
+pub mod virtio;
