@@ -4,5 +4,7 @@ pub mod annotations;
 pub mod args;
 pub mod bootstrap;
 pub mod disk;
+pub mod events;
 pub mod logging;
+pub mod readiness;
 pub mod state;
