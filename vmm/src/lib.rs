@@ -1,5 +1,6 @@
 //! The Bulkhead virtual machine monitor: device models, machine, launcher and control protocol.
 
+pub mod boot;
 pub mod control;
 pub mod irq;
 pub mod launch;
