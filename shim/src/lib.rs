@@ -8,3 +8,4 @@ pub mod events;
 pub mod logging;
 pub mod readiness;
 pub mod state;
+pub mod streams;
