@@ -3,9 +3,11 @@
 pub mod annotations;
 pub mod args;
 pub mod bootstrap;
+pub mod console;
 pub mod disk;
 pub mod events;
 pub mod logging;
+pub mod machine;
 pub mod readiness;
 pub mod state;
 pub mod streams;
