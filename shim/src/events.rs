@@ -139,6 +139,31 @@ impl Publisher {
         }
     }
 
+    /// A publisher whose events stay in its queue.
+    #[cfg(test)]
+    pub fn to_nobody() -> Self {
+        let queue = Queue {
+            envelopes: Mutex::default(),
+            added: Notify::new(),
+            unsent: watch::Sender::new(0),
+        };
+        Self {
+            namespace: "test".into(),
+            queue: Some(Arc::new(queue)),
+        }
+    }
+
+    /// Takes what [`Publisher::to_nobody`] holds, each event as its topic and its message.
+    #[cfg(test)]
+    pub fn take(&self) -> Vec<(String, Vec<u8>)> {
+        let queue = self.queue.as_ref().unwrap();
+        let envelopes = std::mem::take(&mut *queue.envelopes.lock().unwrap());
+        envelopes
+            .into_iter()
+            .map(|envelope| (envelope.topic, envelope.event.unwrap().value))
+            .collect()
+    }
+
     /// Waits until containerd has every event.
     pub async fn flushed(&self) {
         if let Some(queue) = &self.queue {

@@ -1,0 +1,296 @@
+//! A container's `config.json`: what the shim reads in it, and what the guest is given of it.
+//!
+//! The parts that the shim has no business with (the seccomp filter is most of the text) are never parsed here and go on as they came, fields
+//! that this version does not know included: it is the agent that carries them out or refuses them.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Root};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::value::{RawValue, to_raw_value};
+
+/// Why a container's specification cannot be carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("config.json: {field}: {source}")]
+    Json {
+        field: &'static str,
+        source: serde_json::Error,
+    },
+    #[error(
+        "the network namespace of the host was asked for, which a microVM cannot be in; give the container a network of its own"
+    )]
+    HostNetwork,
+    #[error(
+        "hooks.{0}: programs of the host are not run for a microVM's containers yet; remove the hook"
+    )]
+    Hook(String),
+    #[error(
+        "mounts: {} at {}: files of the host cannot be mounted in a microVM yet; put them into the image, or use a tmpfs", path.display(), destination.display()
+    )]
+    HostMount { path: PathBuf, destination: PathBuf },
+}
+
+/// Fields of a JSON object, each as its text.
+type Object<'a> = BTreeMap<String, Cow<'a, RawValue>>;
+
+/// A `config.json`.
+#[derive(Debug)]
+pub struct Spec<'a> {
+    fields: Object<'a>,
+    linux: Object<'a>,
+}
+
+/// Hooks that are programs of the host. `startContainer` is one of the container's.
+const HOST_HOOKS: [&str; 5] = [
+    "prestart",
+    "createRuntime",
+    "createContainer",
+    "poststart",
+    "poststop",
+];
+
+/// Fields of a process that name objects of the host's security modules: they confine it against the host's kernel, which it never meets.
+const HOST_LABELS: [&str; 2] = ["apparmorProfile", "selinuxLabel"];
+
+impl<'a> Spec<'a> {
+    /// Reads the text of a `config.json`.
+    pub fn parse(json: &'a [u8]) -> Result<Self, Error> {
+        let fields = object("", json)?;
+        let linux = match fields.get("linux") {
+            Some(Cow::Borrowed(linux)) => object("linux", linux.get().as_bytes())?,
+            _ => Object::new(),
+        };
+        Ok(Self { fields, linux })
+    }
+
+    /// The annotations; empty if there are none.
+    pub fn annotations(&self) -> Result<HashMap<String, String>, Error> {
+        Ok(part(&self.fields, "annotations")?.unwrap_or_default())
+    }
+
+    /// The host name; empty if there is none.
+    pub fn hostname(&self) -> Result<String, Error> {
+        Ok(part(&self.fields, "hostname")?.unwrap_or_default())
+    }
+
+    /// The root file system.
+    pub fn root(&self) -> Result<Root, Error> {
+        Ok(part(&self.fields, "root")?.unwrap_or_default())
+    }
+
+    /// The limits.
+    pub fn resources(&self) -> Result<Option<LinuxResources>, Error> {
+        part(&self.linux, "resources")
+    }
+
+    /// The text for the guest: without what the host takes care of, and with mounts in the guest's terms.
+    ///
+    /// # Errors
+    ///
+    /// What neither the host nor the guest can do is refused by name.
+    pub fn into_guest(mut self) -> Result<Vec<u8>, Error> {
+        let hooks: Option<HashMap<String, Vec<&RawValue>>> = part_borrowed(&self.fields, "hooks")?;
+        for (kind, hooks) in hooks.iter().flatten() {
+            if HOST_HOOKS.contains(&kind.as_str()) && !hooks.is_empty() {
+                return Err(Error::Hook(kind.clone()));
+            }
+        }
+        if let Some(mounts) = part_borrowed::<Vec<&RawValue>>(&self.fields, "mounts")? {
+            let mounts = mounts.into_iter().map(into_guest_mount);
+            let mounts = to_text("mounts", &mounts.collect::<Result<Vec<_>, _>>()?)?;
+            self.fields.insert("mounts".into(), mounts);
+        }
+        // The guest's network is the sandbox's. Namespaces of other kinds that have a path are too, as the agent takes it.
+        let mut namespaces: Vec<LinuxNamespace> =
+            part(&self.linux, "namespaces")?.unwrap_or_default();
+        let before = namespaces.len();
+        namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+        if namespaces.len() == before {
+            return Err(Error::HostNetwork);
+        }
+        let namespaces = to_text("namespaces", &namespaces)?;
+        self.linux.insert("namespaces".into(), namespaces);
+        self.linux.remove("mountLabel");
+        let linux = to_text("linux", &self.linux)?;
+        self.fields.insert("linux".into(), linux);
+        if let Some(Cow::Borrowed(process)) = self.fields.get("process") {
+            let process = to_text("process", &unlabelled(process.get().as_bytes())?)?;
+            self.fields.insert("process".into(), process);
+        }
+        serde_json::to_vec(&self.fields).map_err(json_error("config.json"))
+    }
+}
+
+/// The text of an exec's process for the guest.
+pub fn process_into_guest(json: &[u8]) -> Result<Vec<u8>, Error> {
+    serde_json::to_vec(&unlabelled(json)?).map_err(json_error("process"))
+}
+
+fn unlabelled(process: &[u8]) -> Result<Object<'_>, Error> {
+    let mut process = object("process", process)?;
+    for label in HOST_LABELS {
+        process.remove(label);
+    }
+    Ok(process)
+}
+
+/// Brings one mount into the guest's terms.
+fn into_guest_mount(text: &RawValue) -> Result<Cow<'_, RawValue>, Error> {
+    let mut mount: Mount = serde_json::from_str(text.get()).map_err(json_error("mounts"))?;
+    let options = mount.options().as_deref().unwrap_or_default();
+    let is_bind = mount.typ().as_deref() == Some("bind")
+        || options
+            .iter()
+            .any(|option| option == "bind" || option == "rbind");
+    if !is_bind {
+        return Ok(Cow::Borrowed(text));
+    }
+    if mount.destination() == Path::new("/dev/shm") {
+        // The host's is a tmpfs that the pod's containers share, of the size that it has by default.
+        let options = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"];
+        mount
+            .set_typ(Some("tmpfs".into()))
+            .set_source(Some("shm".into()))
+            .set_options(Some(options.map(String::from).into()));
+        return to_text("mounts", &mount);
+    }
+    Err(Error::HostMount {
+        path: mount.source().clone().unwrap_or_default(),
+        destination: mount.destination().clone(),
+    })
+}
+
+fn object<'a>(field: &'static str, json: &'a [u8]) -> Result<Object<'a>, Error> {
+    let fields: BTreeMap<String, &'a RawValue> =
+        serde_json::from_slice(json).map_err(json_error(field))?;
+    Ok(fields
+        .into_iter()
+        .map(|(name, value)| (name, Cow::Borrowed(value)))
+        .collect())
+}
+
+fn part<T: DeserializeOwned>(object: &Object<'_>, field: &'static str) -> Result<Option<T>, Error> {
+    part_borrowed(object, field)
+}
+
+fn part_borrowed<'o, T: serde::Deserialize<'o>>(
+    object: &'o Object<'_>,
+    field: &'static str,
+) -> Result<Option<T>, Error> {
+    match object.get(field) {
+        Some(text) => serde_json::from_str(text.get()).map_err(json_error(field)),
+        None => Ok(None),
+    }
+}
+
+fn to_text(field: &'static str, value: &impl Serialize) -> Result<Cow<'static, RawValue>, Error> {
+    to_raw_value(value)
+        .map(Cow::Owned)
+        .map_err(json_error(field))
+}
+
+fn json_error(field: &'static str) -> impl Fn(serde_json::Error) -> Error {
+    move |source| Error::Json { field, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn config() -> Value {
+        json!({
+            "ociVersion": "1.2.0",
+            "hostname": "h",
+            "root": {"path": "rootfs", "readonly": true},
+            "annotations": {"a": "b"},
+            "process": {"args": ["sh"], "apparmorProfile": "cri-containerd.apparmor.d", "selinuxLabel": "x", "newField": {"x": [1]}},
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc"},
+                {"destination": "/dev/shm", "type": "bind", "source": "/run/shm", "options": ["rbind"]},
+            ],
+            "linux": {
+                "mountLabel": "y",
+                "namespaces": [{"type": "network", "path": "/run/netns/x"}, {"type": "pid"}, {"type": "mount"}],
+                "seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "newField": 1e300},
+            },
+        })
+    }
+
+    fn guest(config: &Value) -> Result<Value, Error> {
+        let text = config.to_string();
+        let guest = Spec::parse(text.as_bytes())?.into_guest()?;
+        Ok(serde_json::from_slice(&guest).unwrap())
+    }
+
+    #[test]
+    fn the_host_reads_its_parts() {
+        let text = config().to_string();
+        let spec = Spec::parse(text.as_bytes()).unwrap();
+        assert_eq!(spec.hostname().unwrap(), "h");
+        assert_eq!(spec.annotations().unwrap()["a"], "b");
+        assert_eq!(spec.root().unwrap().path(), Path::new("rootfs"));
+        assert!(spec.resources().unwrap().is_none());
+        let empty = Spec::parse(b"{}").unwrap();
+        assert!(empty.annotations().unwrap().is_empty() && empty.hostname().unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_guest_gets_the_rest_unchanged() {
+        let config = config();
+        let guest = guest(&config).unwrap();
+        assert_eq!(
+            guest["linux"]["namespaces"],
+            json!([{"type": "pid"}, {"type": "mount"}])
+        );
+        assert_eq!(guest["linux"]["mountLabel"], Value::Null);
+        assert_eq!(guest["linux"]["seccomp"], config["linux"]["seccomp"]);
+        assert_eq!(
+            guest["process"],
+            json!({"args": ["sh"], "newField": {"x": [1]}})
+        );
+        assert_eq!(guest["mounts"][0]["type"], "proc");
+        assert_eq!(guest["mounts"][1]["type"], "tmpfs");
+        assert_eq!(guest["annotations"], config["annotations"]);
+    }
+
+    #[test]
+    fn what_cannot_be_done_is_named() {
+        let mut host = config();
+        host["linux"]["namespaces"] = json!([{"type": "mount"}]);
+        assert!(matches!(guest(&host), Err(Error::HostNetwork)));
+        let mut hook = config();
+        hook["hooks"] = json!({"startContainer": [{"path": "/x"}], "poststop": []});
+        assert!(guest(&hook).is_ok());
+        hook["hooks"]["prestart"] = json!([{"path": "/x"}]);
+        assert!(matches!(guest(&hook), Err(Error::Hook(kind)) if kind == "prestart"));
+        let mut mount = config();
+        mount["mounts"][0] =
+            json!({"destination": "/mnt", "source": "/data", "options": ["rbind", "ro"]});
+        let error = guest(&mount).unwrap_err().to_string();
+        assert!(error.contains("/data at /mnt"), "{error}");
+        let mut broken = config();
+        broken["mounts"] = json!("x");
+        assert!(matches!(
+            guest(&broken),
+            Err(Error::Json {
+                field: "mounts",
+                ..
+            })
+        ));
+        assert!(Spec::parse(b"[]").is_err());
+    }
+
+    #[test]
+    fn an_exec_loses_its_labels_only() {
+        let process = br#"{"args":["ls"],"apparmorProfile":"p","cwd":"/"}"#;
+        let guest: Value = serde_json::from_slice(&process_into_guest(process).unwrap()).unwrap();
+        assert_eq!(guest, json!({"args": ["ls"], "cwd": "/"}));
+        assert!(process_into_guest(b"").is_err());
+    }
+}
