@@ -145,6 +145,9 @@ const COMMON: &[Call] = &[
     (libc::SYS_close, &[]),
     (libc::SYS_exit, &[]),
     (libc::SYS_exit_group, &[]),
+    // With debug assertions, the standard library looks whether a descriptor is open before it closes it.
+    #[cfg(debug_assertions)]
+    (libc::SYS_fcntl, &[&[Is(1, libc::F_GETFD as u32)]]),
     (libc::SYS_futex, &[]),
     (libc::SYS_getpid, &[]),
     (libc::SYS_getrandom, &[]),
