@@ -170,6 +170,6 @@ pub(super) fn moves_memory(offset: u8) -> bool {
 }
 
 /// Locks a configuration space. A thread that panicked left nothing half-written that could harm: each write is whole.
-pub(super) fn lock(config: &Mutex<Config>) -> MutexGuard<'_, Config> {
+pub(crate) fn lock(config: &Mutex<Config>) -> MutexGuard<'_, Config> {
     config.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -8,9 +8,11 @@
 
 mod bus;
 mod config;
+pub mod msix;
 pub mod pvpanic;
 
 pub use bus::{Bus, Error, Layout};
+pub(crate) use config::lock;
 pub use config::{Config, Identity};
 
 use std::fmt::Debug;
@@ -26,12 +28,12 @@ pub trait Function: Debug + Send + Sync {
 
     /// The guest reads `data.len()` (1, 2 or 4) bytes of the configuration space, all within one 32-bit register.
     fn config_read(&self, offset: u8, data: &mut [u8]) {
-        config::lock(self.config()).read(offset, data);
+        lock(self.config()).read(offset, data);
     }
 
     /// The guest writes 1, 2 or 4 bytes of the configuration space, all within one 32-bit register.
     fn config_write(&self, offset: u8, data: &[u8]) {
-        config::lock(self.config()).write(offset, data);
+        lock(self.config()).write(offset, data);
     }
 
     /// The function's memory answers at the guest physical address `base` from now on, or nowhere.

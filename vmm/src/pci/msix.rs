@@ -12,7 +12,7 @@ use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::config::Config;
-use crate::irq::{self, Message, Routes};
+use crate::irq::{Message, Routes};
 
 /// Capability identification.
 const CAPABILITY: u8 = 0x11;
@@ -25,22 +25,6 @@ const FUNCTION_MASK: u16 = 1 << 14;
 const ENTRY: u64 = 16;
 /// Vector control: the vector is masked.
 const MASKED: u32 = 1;
-
-/// Why a function cannot have interrupts.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// No route left.
-    #[error(transparent)]
-    Route(#[from] irq::Error),
-    /// No eventfd left.
-    #[error("an eventfd for interrupt vector {vector}: {source}")]
-    Event {
-        /// The vector.
-        vector: u16,
-        /// What the system said.
-        source: io::Error,
-    },
-}
 
 /// The interrupt vectors of a function.
 #[derive(Debug)]
@@ -76,7 +60,11 @@ struct Vector {
 
 impl MsiX {
     /// Makes `count` (1 to 2048) vectors, all masked.
-    pub fn new(vm: Arc<VmFd>, routes: Arc<Routes>, count: u16) -> Result<Self, Error> {
+    ///
+    /// # Errors
+    ///
+    /// The machine has no interrupt route left, or the system no descriptor.
+    pub fn new(vm: Arc<VmFd>, routes: Arc<Routes>, count: u16) -> io::Result<Self> {
         let mut msix = Self {
             vm,
             routes,
@@ -93,11 +81,10 @@ impl MsiX {
                 ],
             }),
         };
-        for vector in 0..count {
+        for _ in 0..count {
             // Non-blocking, so that the pending bit can be looked at.
-            let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)
-                .map_err(|source| Error::Event { vector, source })?;
-            let gsi = msix.routes.allocate()?;
+            let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+            let gsi = msix.routes.allocate().map_err(io::Error::other)?;
             msix.lines.push(Line {
                 event: Arc::new(event),
                 gsi,

@@ -6,9 +6,9 @@
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::Queue;
 use super::ring::Place;
 use super::status::{Action, NEEDS_RESET, Status};
-use super::Queue;
 
 /// Length of the structure in bytes, with what version 1.2 has added to it.
 pub const LENGTH: u64 = 0x3c;
@@ -84,7 +84,10 @@ impl Common {
             status: Status::default(),
             config_vector: NO_VECTOR,
             queue_select: 0,
-            queues: queues.iter().map(|queue| QueueRegisters::new(queue.size)).collect(),
+            queues: queues
+                .iter()
+                .map(|queue| QueueRegisters::new(queue.size))
+                .collect(),
         }
     }
 
@@ -189,7 +192,8 @@ impl Common {
         match self.status.write(value) {
             // Section 2.2.2: a device refuses features that it did not offer. VERSION_1 is not optional for a modern one.
             Action::CheckFeatures => {
-                if self.features & !self.offered == 0 && self.features & 1 << VIRTIO_F_VERSION_1 != 0
+                if self.features & !self.offered == 0
+                    && self.features & 1 << VIRTIO_F_VERSION_1 != 0
                 {
                     self.status.accept_features();
                 }
@@ -230,7 +234,11 @@ impl Common {
     /// A vector that does not exist cannot be used, which the driver sees by reading it back (section 4.1.5.1.2.1). There is
     /// one for each queue and one for the configuration.
     fn valid_vector(&self, vector: u16) -> u16 {
-        if usize::from(vector) <= self.queues.len() { vector } else { NO_VECTOR }
+        if usize::from(vector) <= self.queues.len() {
+            vector
+        } else {
+            NO_VECTOR
+        }
     }
 }
 

@@ -87,7 +87,9 @@ impl Notify {
             if let Some(address) = kick.bound.take() {
                 let address = IoEventAddress::Mmio(address);
                 // KVM knows it, so it has no reason to refuse.
-                let _ = self.vm.unregister_ioevent(&kick.event, &address, NoDatamatch);
+                let _ = self
+                    .vm
+                    .unregister_ioevent(&kick.event, &address, NoDatamatch);
             }
             kick.bound = wanted.filter(|&address| {
                 let address = IoEventAddress::Mmio(address);

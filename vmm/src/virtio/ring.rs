@@ -194,7 +194,11 @@ impl<'m> Chain<'m> {
                 buffers.push(slice.map_err(outside)?);
             }
         }
-        if ended { Ok(chain) } else { Err(Broken::Endless(head)) }
+        if ended {
+            Ok(chain)
+        } else {
+            Err(Broken::Endless(head))
+        }
     }
 }
 

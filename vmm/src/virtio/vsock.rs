@@ -60,4 +60,22 @@ impl Vsock {
     }
 }
 
-impl Device for Vsock {}
+impl Device for Vsock {
+    fn id(&self) -> u16 {
+        19
+    }
+    fn class(&self) -> u32 {
+        0
+    }
+    fn features(&self) -> u64 {
+        0
+    }
+    fn queues(&self) -> &[super::Queue] {
+        &[]
+    }
+    fn config(&self) -> &[u8] {
+        &[]
+    }
+    fn start(&self, _: super::Activation) {}
+    fn stop(&self) {}
+}

@@ -143,7 +143,14 @@ impl Content {
     pub fn read(&self, position: u64, buffers: Buffers<'_>) -> io::Result<()> {
         self.transfer(position, buffers, |file, offset, vectors| {
             // SAFETY: the vectors describe guest memory, which stays mapped as long as the buffers that they are made from.
-            unsafe { libc::preadv(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32, offset) }
+            unsafe {
+                libc::preadv(
+                    file.as_raw_fd(),
+                    vectors.as_ptr(),
+                    vectors.len() as i32,
+                    offset,
+                )
+            }
         })
     }
 
@@ -151,7 +158,14 @@ impl Content {
     pub fn write(&self, position: u64, buffers: Buffers<'_>) -> io::Result<()> {
         self.transfer(position, buffers, |file, offset, vectors| {
             // SAFETY: the vectors describe guest memory, which stays mapped as long as the buffers that they are made from.
-            unsafe { libc::pwritev(file.as_raw_fd(), vectors.as_ptr(), vectors.len() as i32, offset) }
+            unsafe {
+                libc::pwritev(
+                    file.as_raw_fd(),
+                    vectors.as_ptr(),
+                    vectors.len() as i32,
+                    offset,
+                )
+            }
         })
     }
 
@@ -197,25 +211,29 @@ impl Content {
         call: impl Fn(&File, i64, &[libc::iovec]) -> isize,
     ) -> io::Result<()> {
         let mut vectors = Vec::new();
-        self.for_each(position, buffers.len() as u64, |file, mut offset, length| {
-            let mut left = length as usize;
-            while left > 0 {
-                vectors.clear();
-                buffers.append_to(left, &mut vectors);
-                let moved = match call(file, offset, &vectors) {
-                    0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                    moved if moved > 0 => moved as usize,
-                    _ => match io::Error::last_os_error() {
-                        error if error.kind() == io::ErrorKind::Interrupted => continue,
-                        error => return Err(error),
-                    },
-                };
-                buffers.advance(moved);
-                offset += moved as i64;
-                left -= moved;
-            }
-            Ok(())
-        })
+        self.for_each(
+            position,
+            buffers.len() as u64,
+            |file, mut offset, length| {
+                let mut left = length as usize;
+                while left > 0 {
+                    vectors.clear();
+                    buffers.append_to(left, &mut vectors);
+                    let moved = match call(file, offset, &vectors) {
+                        0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                        moved if moved > 0 => moved as usize,
+                        _ => match io::Error::last_os_error() {
+                            error if error.kind() == io::ErrorKind::Interrupted => continue,
+                            error => return Err(error),
+                        },
+                    };
+                    buffers.advance(moved);
+                    offset += moved as i64;
+                    left -= moved;
+                }
+                Ok(())
+            },
+        )
     }
 
     /// Calls `action` with each file that has a part of the range, and where in the file the part is.

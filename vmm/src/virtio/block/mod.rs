@@ -5,6 +5,8 @@
 
 mod disk;
 mod request;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 use std::io;
@@ -12,8 +14,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
@@ -57,7 +59,9 @@ pub enum Error {
         queues: u16,
     },
     /// Extents and descriptors do not belong together.
-    #[error("disk {id:?} has {extents} extents, but {files} descriptors came with it; it needs one for each, and at least one")]
+    #[error(
+        "disk {id:?} has {extents} extents, but {files} descriptors came with it; it needs one for each, and at least one"
+    )]
     Count {
         /// The disk.
         id: String,
@@ -132,11 +136,13 @@ impl Block {
                 files: files.len(),
             });
         }
-        let content = Content::new(&disk.extents, files, disk.read_only)
-            .map_err(|(index, problem)| Error::Extent {
-                id: name(),
-                index,
-                problem,
+        let content =
+            Content::new(&disk.extents, files, disk.read_only).map_err(|(index, problem)| {
+                Error::Extent {
+                    id: name(),
+                    index,
+                    problem,
+                }
             })?;
         if content.length() % SECTOR != 0 {
             return Err(Error::Length {
@@ -225,9 +231,8 @@ fn features(disk: &Disk) -> u64 {
     if disk.read_only {
         features |= 1 << VIRTIO_BLK_F_RO;
     } else {
-        features |= 1 << VIRTIO_BLK_F_FLUSH
-            | 1 << VIRTIO_BLK_F_DISCARD
-            | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+        features |=
+            1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
     }
     if disk.queues > 1 {
         features |= 1 << VIRTIO_BLK_F_MQ;
