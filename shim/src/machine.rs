@@ -288,28 +288,13 @@ impl Machine {
         &self.disk_slots
     }
 
-    /// The number and the client of the agent's latest stream, once there is one with a greater number than `after`; the first
-    /// has number 1. When requests fail because the stream broke, ask for one after it.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Stopped`]: the machine has ended.
-    pub async fn agent(&self, after: u64) -> Result<(u64, Client), Error> {
-        let mut state = self.state.clone();
-        let state = state
-            .wait_for(|state| state.stopped.is_some() || state.agent_number() > after)
-            .await;
-        match state.as_deref() {
-            Ok(State {
-                stopped: None,
-                agent: Some(agent),
-                ..
-            }) => Ok(agent.clone()),
-            Ok(State {
-                stopped: Some(stopped),
-                ..
-            }) => Err(Error::Stopped(stopped.clone())),
-            _ => Err(Error::Stopped(Arc::new(Stopped::unknown()))),
+    /// The client of the agent's latest stream. Requests on it fail when the stream breaks; after that, ask again.
+    pub fn agent(&self) -> Result<Client, Error> {
+        let state = self.state.borrow();
+        match (&state.agent, &state.stopped) {
+            (_, Some(stopped)) => Err(Error::Stopped(stopped.clone())),
+            (Some(agent), None) => Ok(agent.clone()),
+            (None, None) => Err(Error::Stopped(Arc::new(Stopped::unknown()))),
         }
     }
 

@@ -53,17 +53,10 @@ pub(super) enum Command {
 pub(super) struct State {
     /// PCI device numbers of the disks present at boot.
     pub slots: Vec<u8>,
-    /// The number and the client of the agent's latest stream.
-    pub agent: Option<(u64, Client)>,
+    /// The latest client of the agent.
+    pub agent: Option<Client>,
     /// The end.
     pub stopped: Option<Arc<Stopped>>,
-}
-
-impl State {
-    /// How many streams the agent has opened so far, at least until the machine ends.
-    pub fn agent_number(&self) -> u64 {
-        self.agent.as_ref().map_or(0, |&(number, _)| number)
-    }
 }
 
 /// A request that the VMM has not answered.
@@ -351,8 +344,7 @@ impl Worker {
             let (client, liveness) = stream::client(descriptor)
                 .map_err(|error| Reason::Violation(format!("the agent's stream: {error}")))?;
             self.agent = Some(liveness);
-            self.state
-                .send_modify(|state| state.agent = Some((state.agent_number() + 1, client)));
+            self.state.send_modify(|state| state.agent = Some(client));
         }
         Ok(())
     }
