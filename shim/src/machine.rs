@@ -163,6 +163,20 @@ fn console_text(lines: &[String]) -> String {
     }
 }
 
+/// One connection of the agent.
+#[derive(Clone)]
+pub struct Agent {
+    /// Where to send requests. They fail when the connection breaks.
+    pub client: Client,
+    connection: u32,
+}
+
+impl fmt::Debug for Agent {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "Agent({})", self.connection)
+    }
+}
+
 /// A running machine. Dropping it ends the machine.
 pub struct Machine {
     pid: u32,
@@ -288,13 +302,21 @@ impl Machine {
         &self.disk_slots
     }
 
-    /// The client of the agent's latest stream. Requests on it fail when the stream breaks; after that, ask again.
-    pub fn agent(&self) -> Result<Client, Error> {
-        let state = self.state.borrow();
-        match (&state.agent, &state.stopped) {
-            (_, Some(stopped)) => Err(Error::Stopped(stopped.clone())),
-            (Some(agent), None) => Ok(agent.clone()),
-            (None, None) => Err(Error::Stopped(Arc::new(Stopped::unknown()))),
+    /// The agent's latest connection.
+    pub fn agent(&self) -> Result<Agent, Error> {
+        self.state.borrow().agent()
+    }
+
+    /// The agent's next connection after one that broke: the agent dials again.
+    pub async fn agent_after(&self, broken: &Agent) -> Result<Agent, Error> {
+        let mut state = self.state.clone();
+        let newer = |state: &State| {
+            let agent = state.agent.as_ref();
+            state.stopped.is_some() || agent.is_some_and(|a| a.connection != broken.connection)
+        };
+        match state.wait_for(newer).await {
+            Ok(state) => state.agent(),
+            Err(_) => Err(Error::Stopped(Arc::new(Stopped::unknown()))),
         }
     }
 

@@ -13,10 +13,9 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::unix::pipe;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
-use ttrpc::asynchronous::Client;
 
 use super::stream::{self, Liveness};
-use super::{CONSOLE_LINES, Error, Reason, Stopped, describe};
+use super::{Agent, CONSOLE_LINES, Error, Reason, Stopped, describe};
 use crate::console::{CAPACITY, Console, printable};
 use crate::disk::DiskFiles;
 
@@ -53,10 +52,20 @@ pub(super) enum Command {
 pub(super) struct State {
     /// PCI device numbers of the disks present at boot.
     pub slots: Vec<u8>,
-    /// The latest client of the agent.
-    pub agent: Option<Client>,
+    /// The latest connection of the agent.
+    pub agent: Option<Agent>,
     /// The end.
     pub stopped: Option<Arc<Stopped>>,
+}
+
+impl State {
+    pub fn agent(&self) -> Result<Agent, Error> {
+        match (&self.agent, &self.stopped) {
+            (_, Some(stopped)) => Err(Error::Stopped(stopped.clone())),
+            (Some(agent), None) => Ok(agent.clone()),
+            (None, None) => Err(Error::Stopped(Arc::new(Stopped::unknown()))),
+        }
+    }
 }
 
 /// A request that the VMM has not answered.
@@ -93,6 +102,7 @@ pub(super) struct Worker {
     boot_disks: usize,
     started: bool,
     agent: Option<Liveness>,
+    connections: u32,
     /// One bit for each PCI device number in use.
     slots: u32,
     tag: u32,
@@ -126,6 +136,7 @@ impl Worker {
             boot_disks,
             started: false,
             agent: None,
+            connections: 0,
             slots: 0,
             tag: 0,
             pending: HashMap::new(),
@@ -344,7 +355,10 @@ impl Worker {
             let (client, liveness) = stream::client(descriptor)
                 .map_err(|error| Reason::Violation(format!("the agent's stream: {error}")))?;
             self.agent = Some(liveness);
-            self.state.send_modify(|state| state.agent = Some(client));
+            self.connections = self.connections.wrapping_add(1);
+            let connection = self.connections;
+            self.state
+                .send_modify(|state| state.agent = Some(Agent { client, connection }));
         }
         Ok(())
     }
