@@ -2,10 +2,15 @@
 
 pub mod boot;
 pub mod control;
+pub mod cpuid;
 pub mod irq;
 pub mod launch;
+pub mod machine;
 pub mod memory;
 pub mod pci;
+pub mod platform;
 pub mod seccomp;
+pub mod serial;
 pub mod stop;
+pub mod vcpu;
 pub mod virtio;

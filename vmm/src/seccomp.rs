@@ -14,7 +14,7 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
 };
-use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_WRITE, ioctl_expr};
+use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
 /// The kinds of threads, each with a filter of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -249,6 +249,7 @@ const VCPU: &[Call] = &[
         libc::SYS_ioctl,
         &[
             &[Is(1, KVM_RUN)],
+            &[Is(1, KVM_GET_REGS)],
             &[Is(1, KVM_IOEVENTFD)],
             &[Is(1, KVM_IRQFD)],
             &[Is(1, KVM_SET_GSI_ROUTING)],
@@ -270,6 +271,7 @@ const BLOCK: &[Call] = &[
 ];
 
 const KVM_RUN: u32 = kvm(_IOC_NONE, 0x80, 0);
+const KVM_GET_REGS: u32 = kvm(_IOC_READ, 0x81, size_of::<kvm_bindings::kvm_regs>());
 const KVM_IOEVENTFD: u32 = kvm(_IOC_WRITE, 0x79, size_of::<kvm_bindings::kvm_ioeventfd>());
 const KVM_IRQFD: u32 = kvm(_IOC_WRITE, 0x76, size_of::<kvm_bindings::kvm_irqfd>());
 const KVM_SET_GSI_ROUTING: u32 = kvm(_IOC_WRITE, 0x6a, size_of::<kvm_bindings::kvm_irq_routing>());

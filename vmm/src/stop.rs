@@ -1,6 +1,7 @@
 //! How a part of the machine ends it: the first reason given, from whatever thread, is the one that is reported.
 
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, OnceLock};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -46,10 +47,13 @@ impl Stopper {
     pub fn reason(&self) -> Option<&StopReason> {
         self.shared.reason.get()
     }
+}
 
-    /// The event that becomes readable when the machine ends.
-    pub fn event(&self) -> &EventFd {
-        &self.shared.wake
+/// The descriptor that becomes readable when the machine ends, and stays so.
+impl AsFd for Stopper {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the event is open as long as this handle, from which the result borrows.
+        unsafe { BorrowedFd::borrow_raw(self.shared.wake.as_raw_fd()) }
     }
 }
 
@@ -61,10 +65,10 @@ mod tests {
     fn the_first_reason_stands_and_wakes_once() {
         let stopper = Stopper::new().unwrap();
         assert_eq!(stopper.reason(), None);
-        assert!(stopper.event().read().is_err());
+        assert!(stopper.shared.wake.read().is_err());
         stopper.clone().stop(StopReason::Panic);
         stopper.stop(StopReason::Reset);
         assert_eq!(stopper.reason(), Some(&StopReason::Panic));
-        assert_eq!(stopper.event().read().unwrap(), 1);
+        assert_eq!(stopper.shared.wake.read().unwrap(), 1);
     }
 }
