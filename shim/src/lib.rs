@@ -11,6 +11,7 @@ pub mod logging;
 pub mod machine;
 pub mod process;
 pub mod readiness;
+pub mod rootfs;
 pub mod spec;
 pub mod state;
 pub mod streams;
