@@ -3,6 +3,7 @@
 pub mod annotations;
 pub mod args;
 pub mod bootstrap;
+pub mod config;
 pub mod console;
 pub mod container;
 pub mod disk;
@@ -12,6 +13,7 @@ pub mod machine;
 pub mod process;
 pub mod readiness;
 pub mod rootfs;
+pub mod sizing;
 pub mod spec;
 pub mod state;
 pub mod streams;
