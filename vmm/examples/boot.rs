@@ -1,4 +1,5 @@
-//! Boots a machine without shim, agent and jail, with its console on standard output and its events on standard error.
+//! Boots a machine in its jail, without shim and agent, with its console on standard output and its events on standard
+//! error. Needs root, as the shim does.
 //!
 //! ```text
 //! boot --kernel vmlinux --disk root.erofs --cmdline 'console=ttyS0 root=/dev/vda ro'
@@ -8,15 +9,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::Instant;
 
-use bulkhead_vmm::control::{
-    Boot, CONTROL_DESCRIPTOR, Channel, Disk, Event, Extent, Request, StopReason,
-};
+use bulkhead_vmm::control::{Boot, Disk, Event, Extent, Request, StopReason};
+use bulkhead_vmm::launch::{self, Exit, Vmm};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 const USAGE: &str = "boot --kernel FILE [--cmdline TEXT] [--disk FILE]... [--vcpus N] [--memory MIB] \
      [--port VSOCK_PORT]... [--vmm FILE]";
@@ -107,43 +107,33 @@ fn run(arguments: Arguments) -> Result<StopReason, Error> {
         descriptors.push(file.into());
     }
 
-    let (ours, theirs) = Channel::pair()?;
     let start = Instant::now();
-    let mut command = Command::new(vmm);
-    // SAFETY: the closure makes two system calls and allocates nothing; the descriptor is open until after the execution.
-    unsafe {
-        let theirs = theirs.as_raw_fd();
-        command.pre_exec(move || {
-            // A descriptor that is in its place already would otherwise be closed on execution.
-            let done = if theirs == CONTROL_DESCRIPTOR {
-                libc::fcntl(theirs, libc::F_SETFD, 0)
-            } else {
-                libc::dup2(theirs, CONTROL_DESCRIPTOR)
-            };
-            if done == -1 {
-                Err(io::Error::last_os_error())
-            } else {
-                Ok(())
-            }
-        });
-    }
-    let mut child = command.spawn()?;
-    drop(theirs);
+    let uid = launch::unique_uid(launch::DEFAULT_UID_BASE)?;
+    let (mut vmm, control) = launch::launch(&vmm, uid)?;
     let descriptors: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
-    ours.send(&Request::Boot(boot), &descriptors)?;
+    control.send(&Request::Boot(boot), &descriptors)?;
     let mut streams = Vec::new();
     loop {
-        let (event, opened) = match ours.receive::<Event>() {
+        let (event, opened) = match control.receive::<Event>() {
             Ok(received) => received,
             Err(error) => {
-                return Err(format!("{error}; the VMM ended with {}", child.wait()?).into());
+                return Err(format!("{error}; the VMM {}", end(&mut vmm)?).into());
             }
         };
         streams.extend(opened);
         eprintln!("{:>6} ms  {event:?}", start.elapsed().as_millis());
         if let Event::Stopped { reason } = event {
-            child.wait()?;
+            end(&mut vmm)?;
             return Ok(reason);
         }
     }
+}
+
+/// Waits for the VMM's end.
+fn end(vmm: &mut Vmm) -> Result<Exit, Error> {
+    poll(
+        &mut [PollFd::new(vmm.as_fd(), PollFlags::POLLIN)],
+        PollTimeout::NONE,
+    )?;
+    Ok(vmm.try_wait()?.unwrap_or(Exit::Unknown))
 }

@@ -220,7 +220,6 @@ const MAIN: &[Call] = &[
             &[Is(1, libc::F_DUPFD_CLOEXEC as u32)],
         ],
     ),
-    (libc::SYS_fstat, &[]),
     (
         libc::SYS_ioctl,
         &[
@@ -239,6 +238,8 @@ const MAIN: &[Call] = &[
     (libc::SYS_sendto, &[&[Is(4, 0)]]),
     (libc::SYS_shutdown, &[]),
     (libc::SYS_socketpair, &[&[Is(0, libc::AF_UNIX as u32)]]),
+    // Of an open descriptor. (A path beside it would be looked up in an empty root.)
+    (libc::SYS_statx, &[&[Has(2, libc::AT_EMPTY_PATH as u32)]]),
     (libc::SYS_writev, &[]),
 ];
 

@@ -115,9 +115,9 @@ mod tests {
 
     use super::*;
 
-    fn console() -> (Console, io::PipeReader) {
-        let (reader, writer) = io::pipe().unwrap();
-        (Console::new(writer.into()).unwrap(), reader)
+    fn console() -> (Console, File) {
+        let (reader, writer) = nix::unistd::pipe().unwrap();
+        (Console::new(writer).unwrap(), reader.into())
     }
 
     #[test]

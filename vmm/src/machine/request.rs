@@ -128,8 +128,6 @@ fn host_memory_mib() -> Result<u64, Errno> {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-
     use super::*;
     use crate::control::Extent;
 
@@ -159,7 +157,7 @@ mod tests {
     }
 
     fn descriptors(count: usize) -> Vec<OwnedFd> {
-        (0..count).map(|_| io::pipe().unwrap().0.into()).collect()
+        (0..count).map(|_| nix::unistd::pipe().unwrap().0).collect()
     }
 
     fn refusal(change: impl FnOnce(&mut Boot)) -> String {
