@@ -8,7 +8,8 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::thread::JoinHandle;
+use std::sync::mpsc;
+use std::thread::{Builder, JoinHandle};
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -42,24 +43,32 @@ pub enum Error {
     },
 }
 
-/// Starts a thread that confines itself before it runs `body`.
+/// Starts a thread that confines itself before it runs `body`, and waits until it is confined.
 ///
 /// # Errors
 ///
-/// The filter does not compile, or the system has no room for a thread. A filter that does not install is found in the
-/// new thread, which then panics and with it ends the machine: `body` never runs unconfined.
-pub fn spawn<T: Send + 'static>(
+/// The filter does not compile or is not accepted, or the system has no room for a thread. Then `body` does not run.
+pub fn spawn(
     kind: ThreadKind,
     name: String,
-    body: impl FnOnce() -> T + Send + 'static,
-) -> io::Result<JoinHandle<T>> {
+    body: impl FnOnce() + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
     let filter = Filter::compile(kind).map_err(io::Error::other)?;
-    std::thread::Builder::new().name(name).spawn(move || {
-        if let Err(error) = filter.install() {
-            panic!("{error}");
+    let (report, confined) = mpsc::sync_channel(1);
+    let thread = Builder::new().name(name).spawn(move || {
+        let installed = filter.install();
+        let confined = installed.is_ok();
+        // The other end waits for exactly this.
+        let _ = report.send(installed);
+        if confined {
+            body();
         }
-        body()
-    })
+    })?;
+    match confined.recv() {
+        Ok(Ok(())) => Ok(thread),
+        Ok(Err(error)) => Err(io::Error::other(error)),
+        Err(error) => Err(io::Error::other(error)),
+    }
 }
 
 /// A compiled filter.
@@ -414,16 +423,19 @@ mod tests {
 
     #[test]
     fn a_confined_main_thread_starts_confined_workers() {
+        let (sender, receiver) = mpsc::channel();
         let main = std::thread::spawn(|| {
             Filter::compile(ThreadKind::Main)
                 .unwrap()
                 .install()
                 .unwrap();
-            let worker = spawn(ThreadKind::Block, "disk0".into(), || {
-                vec![1u8; 1 << 20].len()
-            });
-            worker.unwrap().join().unwrap()
+            let body = move || sender.send(vec![1u8; 1 << 20].len()).unwrap();
+            spawn(ThreadKind::Block, "disk0".into(), body)
+                .unwrap()
+                .join()
+                .unwrap();
         });
-        assert_eq!(main.join().unwrap(), 1 << 20);
+        main.join().unwrap();
+        assert_eq!(receiver.recv().unwrap(), 1 << 20);
     }
 }
