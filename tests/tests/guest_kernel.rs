@@ -1,5 +1,7 @@
 //! The guest kernel's build refuses a configuration that is not what the fragments ask for.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};

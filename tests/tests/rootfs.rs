@@ -1,5 +1,7 @@
 //! The guest's root image: the same bytes from the same agent, and nothing in it but the agent and its mount points.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
