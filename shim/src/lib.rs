@@ -3,6 +3,7 @@
 pub mod annotations;
 pub mod args;
 pub mod bootstrap;
+pub mod cgroup;
 pub mod config;
 pub mod console;
 pub mod container;

@@ -1,0 +1,434 @@
+//! The pod's cgroup on the host, in which shim and VMM live: what the machine uses is accounted to its pod and bounded by
+//! the pod's limits. Nothing is limited here: a container's own limits hold inside the guest.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// How long [`remove`] waits for each process of a cgroup that is on its way out, in milliseconds.
+const END_TIMEOUT: u16 = 3000;
+
+/// How often a directory is made again that somebody else removed meanwhile.
+const ATTEMPTS: usize = 16;
+
+/// What can go wrong with a cgroup.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// `linux.cgroupsPath` is no path of a cgroup.
+    #[error(
+        "linux.cgroupsPath is {path:?}; it must be a path below the root, or slice:prefix:name for systemd"
+    )]
+    Path { path: String },
+    /// The system refused.
+    #[error("{operation} {} failed: {source}; the shim must run as root of the host with the cgroup file systems writable", path.display())]
+    Io {
+        operation: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    /// There is nothing to join.
+    #[error("no cgroup file system is mounted; mount cgroup2 on /sys/fs/cgroup")]
+    NotMounted,
+}
+
+/// The directory below each hierarchy's root that `linux.cgroupsPath` names; `None` if it names none.
+pub fn directory(cgroups_path: &str) -> Result<Option<PathBuf>, Error> {
+    if cgroups_path.is_empty() {
+        return Ok(None);
+    }
+    let error = || Error::Path {
+        path: cgroups_path.to_owned(),
+    };
+    let parts: Vec<&str> = cgroups_path.split(':').collect();
+    let path = match parts[..] {
+        [path] => path.trim_start_matches('/').to_owned(),
+        [slice, prefix, name] if !cgroups_path.starts_with('/') => {
+            systemd_directory(slice, prefix, name).ok_or_else(error)?
+        }
+        _ => return Err(error()),
+    };
+    let path = PathBuf::from(path);
+    let plain = |component| matches!(component, Component::Normal(_));
+    if path.components().next().is_none() || !path.components().all(plain) {
+        return Err(error());
+    }
+    Ok(Some(path))
+}
+
+/// Where systemd puts the unit `prefix-name.scope` of a slice: `a-b.slice` lies in `a.slice`.
+fn systemd_directory(slice: &str, prefix: &str, name: &str) -> Option<String> {
+    let slice = if slice.is_empty() {
+        "system.slice"
+    } else {
+        slice
+    };
+    let stem = slice.strip_suffix(".slice")?;
+    let mut path = String::new();
+    // "-.slice" is the root.
+    if stem != "-" {
+        let mut parent = String::new();
+        for part in stem.split('-') {
+            if part.is_empty() || part.contains('/') {
+                return None;
+            }
+            parent.push_str(part);
+            path.push_str(&parent);
+            path.push_str(".slice/");
+            parent.push('-');
+        }
+    }
+    let unit = match (name.ends_with(".slice"), prefix) {
+        (true, _) => name.to_owned(),
+        (false, "") => format!("{name}.scope"),
+        (false, prefix) => format!("{prefix}-{name}.scope"),
+    };
+    if name.is_empty() || unit.contains('/') {
+        return None;
+    }
+    Some(path + &unit)
+}
+
+/// A mounted hierarchy: the one of version 2, or one of version 1 with its controllers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Hierarchy {
+    mount_point: PathBuf,
+    /// The controllers as `/proc/self/cgroup` names them; empty for version 2.
+    controllers: String,
+    /// The cgroup of this process, as a directory.
+    current: PathBuf,
+}
+
+impl Hierarchy {
+    /// All hierarchies that are mounted.
+    fn all() -> Result<Vec<Self>, Error> {
+        let read = |path: &str| fs::read_to_string(path).map_err(io_error("reading", path));
+        let all = parse(&read("/proc/self/cgroup")?, &read("/proc/self/mountinfo")?);
+        if all.is_empty() {
+            return Err(Error::NotMounted);
+        }
+        Ok(all)
+    }
+
+    /// Makes the directory and its parents, and notes those that were not there.
+    fn make(&self, directory: &Path, created: &mut Vec<PathBuf>) -> Result<(), Error> {
+        // Whoever ends meanwhile may remove a parent again that has become empty.
+        for _ in 0..ATTEMPTS {
+            let mut path = self.mount_point.clone();
+            let mut removed = false;
+            for component in directory {
+                let parent = path.clone();
+                path.push(component);
+                match fs::create_dir(&path) {
+                    Ok(()) => created.push(path.clone()),
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => removed = true,
+                    Err(error) => return Err(io_error("making", &path)(error)),
+                }
+                if !removed {
+                    self.inherit(&parent, &path)?;
+                }
+            }
+            if !removed {
+                return Ok(());
+            }
+        }
+        let path = self.mount_point.join(directory);
+        Err(io_error("making", &path)(io::ErrorKind::NotFound.into()))
+    }
+
+    /// A cpuset of version 1 takes no process until it was told its processors and memory nodes.
+    fn inherit(&self, parent: &Path, path: &Path) -> Result<(), Error> {
+        if !self.controllers.split(',').any(|name| name == "cpuset") {
+            return Ok(());
+        }
+        for file in ["cpuset.cpus", "cpuset.mems"] {
+            let own = path.join(file);
+            let value = fs::read_to_string(&own).map_err(io_error("reading", &own))?;
+            if value.trim().is_empty() {
+                let inherited = fs::read_to_string(parent.join(file))
+                    .map_err(io_error("reading", &parent.join(file)))?;
+                fs::write(&own, inherited.trim()).map_err(io_error("writing", &own))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Joins `/proc/self/cgroup` and `/proc/self/mountinfo` (both in proc(5)). A hierarchy that is not mounted is left out.
+fn parse(cgroups: &str, mounts: &str) -> Vec<Hierarchy> {
+    let find = |controllers: &str| {
+        mounts.lines().find_map(|line| {
+            let (mount, file_system) = line.split_once(" - ")?;
+            let mut mount = mount.split(' ').skip(3);
+            let (root, mount_point) = (mount.next()?, mount.next()?);
+            let mut file_system = file_system.split(' ');
+            let (kind, options) = (file_system.next()?, file_system.nth(1)?);
+            let matches = match controllers {
+                "" => kind == "cgroup2",
+                _ => {
+                    kind == "cgroup"
+                        && controllers
+                            .split(',')
+                            .all(|name| options.split(',').any(|option| option == name))
+                }
+            };
+            matches.then(|| (PathBuf::from(root), PathBuf::from(mount_point)))
+        })
+    };
+    let mut hierarchies: Vec<Hierarchy> = cgroups
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.splitn(3, ':').skip(1);
+            let (controllers, path) = (fields.next()?, Path::new(fields.next()?));
+            let (root, mount_point) = find(controllers)?;
+            let below = path.strip_prefix(&root).or_else(|_| path.strip_prefix("/"));
+            Some(Hierarchy {
+                current: mount_point.join(below.ok()?),
+                mount_point,
+                controllers: controllers.to_owned(),
+            })
+        })
+        .collect();
+    // Several controllers may be mounted together, at one place.
+    hierarchies.dedup_by(|a, b| a.mount_point == b.mount_point);
+    hierarchies
+}
+
+/// This process's stay in a cgroup; see [`enter`].
+#[derive(Debug)]
+pub struct Stay {
+    hierarchies: Vec<Joined>,
+}
+
+#[derive(Debug)]
+struct Joined {
+    directory: PathBuf,
+    previous: PathBuf,
+    created: Vec<PathBuf>,
+}
+
+/// Moves this process, with all its threads, into a cgroup of every hierarchy, which is made if it is not there. What it starts
+/// from now on is there, too. On failure everything is as it was.
+pub fn enter(directory: &Path) -> Result<Stay, Error> {
+    let mut stay = Stay {
+        hierarchies: Vec::new(),
+    };
+    for hierarchy in Hierarchy::all()? {
+        let directory_here = hierarchy.mount_point.join(directory);
+        let mut created = Vec::new();
+        let joined = hierarchy
+            .make(directory, &mut created)
+            .and_then(|()| join(&directory_here));
+        stay.hierarchies.push(Joined {
+            directory: directory_here,
+            previous: hierarchy.current,
+            created,
+        });
+        if let Err(error) = joined {
+            // The first failure is the one to tell.
+            let _ = stay.leave();
+            return Err(error);
+        }
+    }
+    Ok(stay)
+}
+
+impl Stay {
+    /// Moves this process back to where it was, and removes the cgroup, and its parents as far as [`enter`] made them and
+    /// nobody else uses them.
+    pub fn leave(self) -> Result<(), Error> {
+        let mut result = Ok(());
+        for joined in self.hierarchies.iter().rev() {
+            let left = join(&joined.previous).and_then(|()| remove_directory(&joined.directory));
+            for parent in joined.created.iter().rev() {
+                // Another container may live there.
+                let _ = fs::remove_dir(parent);
+            }
+            result = result.and(left);
+        }
+        result
+    }
+}
+
+/// Removes the cgroup of a shim that is dead. Waits until the processes in it, which are ending, are gone.
+pub fn remove(directory: &Path) -> Result<(), Error> {
+    for hierarchy in Hierarchy::all()? {
+        let path = hierarchy.mount_point.join(directory);
+        let processes = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
+        for process in processes.lines().filter_map(|line| line.parse().ok()) {
+            wait_for_end(process);
+        }
+        remove_directory(&path)?;
+    }
+    Ok(())
+}
+
+/// Waits until a process is gone, or long enough.
+fn wait_for_end(process: libc::pid_t) {
+    // SAFETY: numbers only.
+    let descriptor = unsafe { libc::syscall(libc::SYS_pidfd_open, process, 0) };
+    if let Ok(descriptor) = i32::try_from(descriptor) {
+        if descriptor >= 0 {
+            // SAFETY: the kernel has just made this descriptor, and nobody else knows it.
+            let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
+            let mut wanted = [PollFd::new(descriptor.as_fd(), PollFlags::POLLIN)];
+            // Whether it is gone is seen when the cgroup is removed.
+            let _ = poll(&mut wanted, PollTimeout::from(END_TIMEOUT));
+        }
+    }
+}
+
+/// Moves this process into a cgroup.
+fn join(directory: &Path) -> Result<(), Error> {
+    let path = directory.join("cgroup.procs");
+    fs::write(&path, "0").map_err(io_error("moving the shim by", &path))
+}
+
+/// Removes a cgroup; it is not an error if it is not there.
+fn remove_directory(path: &Path) -> Result<(), Error> {
+    match fs::remove_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(io_error("removing", path)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn io_error<P: AsRef<Path> + ?Sized>(
+    operation: &'static str,
+    path: &P,
+) -> impl FnOnce(io::Error) -> Error + use<P> {
+    let path = path.as_ref().to_owned();
+    move |source| Error::Io {
+        operation,
+        path,
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn paths_are_those_of_cgroupfs_or_systemd() {
+        for (path, expected) in [
+            ("", None),
+            ("/default/test", Some("default/test")),
+            ("kubepods/pod1/c", Some("kubepods/pod1/c")),
+            (
+                "kubepods-burstable-pod1.slice:cri-containerd:abc",
+                Some(
+                    "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-abc.scope",
+                ),
+            ),
+            (":docker:abc", Some("system.slice/docker-abc.scope")),
+            ("-.slice:x:abc", Some("x-abc.scope")),
+            ("user.slice::abc", Some("user.slice/abc.scope")),
+            ("a.slice:x:b.slice", Some("a.slice/b.slice")),
+        ] {
+            assert_eq!(
+                directory(path).unwrap(),
+                expected.map(PathBuf::from),
+                "{path}"
+            );
+        }
+        for path in [
+            "/",
+            "/a/../b",
+            "..",
+            "a:b",
+            "a:b:c",
+            "a.slice:b:",
+            "a.slice:b:c:d",
+            "a--b.slice:c:d",
+            "../x.slice:c:d",
+            "a.slice:b:../../c",
+            "/a.slice:b:c",
+        ] {
+            assert!(matches!(directory(path), Err(Error::Path { .. })), "{path}");
+        }
+    }
+
+    #[test]
+    fn hierarchies_of_both_versions_are_found() {
+        let mounts = "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n\
+            32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n\
+            33 31 0:30 /docker/1 /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
+            40 31 0:37 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n\
+            41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
+        let cgroups =
+            "7:cpu,cpuacct:/a\n6:memory:/docker/1/b\n5:pids:/c\n1:name=systemd:/\n0::/u:x\n";
+        let found: Vec<(String, PathBuf)> = parse(cgroups, mounts)
+            .into_iter()
+            .map(|hierarchy| (hierarchy.controllers, hierarchy.current))
+            .collect();
+        let expected = [
+            ("cpu,cpuacct", "/sys/fs/cgroup/cpu,cpuacct/a"),
+            ("memory", "/sys/fs/cgroup/memory/b"),
+            ("name=systemd", "/sys/fs/cgroup/systemd"),
+            ("", "/sys/fs/cgroup/unified/u:x"),
+        ];
+        assert_eq!(
+            found,
+            expected.map(|(name, path)| (name.to_owned(), PathBuf::from(path)))
+        );
+        assert!(parse("", "").is_empty());
+    }
+
+    /// One test, because it moves the whole process.
+    #[test]
+    fn a_process_enters_its_children_too_and_leaves_nothing() {
+        let cgroups = || fs::read_to_string("/proc/self/cgroup").unwrap();
+        let parent = format!("bulkhead-test-{}", std::process::id());
+        let is_clean = || {
+            let all = Hierarchy::all().unwrap();
+            !all.iter().any(|h| h.mount_point.join(&parent).exists())
+        };
+        let before = cgroups();
+        let directory = directory(&format!("/{parent}/pod/sandbox"))
+            .unwrap()
+            .unwrap();
+
+        enter(&directory).unwrap().leave().unwrap();
+        assert!(is_clean());
+
+        let stay = enter(&directory).unwrap();
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        for process in ["self".to_owned(), child.id().to_string()] {
+            let now = fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap();
+            for line in now.lines() {
+                assert!(line.ends_with("/pod/sandbox"), "{now}");
+            }
+        }
+        // Still in use by the child.
+        assert!(stay.leave().is_err());
+        assert_eq!(cgroups(), before);
+
+        drop(child.stdin.take());
+        let reaper = std::thread::spawn(move || child.wait().unwrap());
+        remove(&directory).unwrap();
+        reaper.join().unwrap();
+        remove(&directory).unwrap();
+        for hierarchy in Hierarchy::all().unwrap() {
+            for rest in [format!("{parent}/pod"), parent.clone()] {
+                fs::remove_dir(hierarchy.mount_point.join(rest)).unwrap();
+            }
+        }
+
+        // A file of the CPU controller, so that other hierarchies have been joined when it is in the way.
+        let error = enter(Path::new("cpu.stat/x")).unwrap_err();
+        assert!(error.to_string().contains("cpu.stat"), "{error}");
+        assert!(error.to_string().contains("as root of the host"), "{error}");
+        for hierarchy in Hierarchy::all().unwrap() {
+            assert!(!hierarchy.mount_point.join("cpu.stat/x").exists());
+        }
+        assert_eq!(cgroups(), before);
+        assert!(is_clean());
+    }
+}
