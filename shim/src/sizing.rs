@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use nix::sys::sysinfo::sysinfo;
 use nix::unistd::{SysconfVar, sysconf};
-use oci_spec::runtime::{LinuxResources, Spec};
+use oci_spec::runtime::LinuxResources;
 
 use crate::config::{Config, MAX_VCPUS, MIN_MEMORY_MIB};
 
@@ -100,14 +100,13 @@ struct Limits {
     pod: bool,
 }
 
-/// Finds the size of the machine for the sandbox or single container that `spec` describes.
-pub fn size(spec: &Spec, config: &Config, host: Host) -> Result<Size, Error> {
-    let none = HashMap::new();
-    let annotations = spec.annotations().as_ref().unwrap_or(&none);
-    let resources = spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.resources().as_ref());
+/// Finds the size of the machine for a sandbox or single container, from its annotations and its `linux.resources`.
+pub fn size(
+    annotations: &HashMap<String, String>,
+    resources: Option<&LinuxResources>,
+    config: &Config,
+    host: Host,
+) -> Result<Size, Error> {
     let limits = Limits::of(annotations, resources)?;
     Ok(Size {
         vcpus: vcpus(&limits, config, host)?,
@@ -216,6 +215,8 @@ fn machine(containers: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use oci_spec::runtime::Spec;
+
     use super::*;
 
     const HOST: Host = Host {
@@ -223,12 +224,15 @@ mod tests {
         memory_mib: 16 * 1024,
     };
 
-    fn spec(json: &str) -> Spec {
-        serde_json::from_str(json).unwrap()
-    }
-
     fn sized(json: &str) -> Result<Size, Error> {
-        size(&spec(json), &Config::default(), HOST)
+        let spec: Spec = serde_json::from_str(json).unwrap();
+        let linux = spec.linux().as_ref();
+        size(
+            spec.annotations().as_ref().unwrap_or(&HashMap::new()),
+            linux.and_then(|linux| linux.resources().as_ref()),
+            &Config::default(),
+            HOST,
+        )
     }
 
     fn single(resources: &str) -> Result<Size, Error> {
