@@ -326,6 +326,11 @@ impl<'a> DriverQueue<'a> {
         }
     }
 
+    /// The descriptor that the next chain starts with.
+    pub fn next_descriptor(&self) -> u16 {
+        self.next
+    }
+
     /// Makes a chain of (address, length, flags) available; `NEXT` is added where it belongs. Returns its head.
     pub fn add(&mut self, buffers: &[Buffer]) -> u16 {
         let head = self.next;
@@ -418,7 +423,7 @@ impl<'a> DriverQueue<'a> {
 }
 
 /// Numbers that look random and are the same in each run (Marsaglia's xorshift).
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Random(pub u64);
 
 impl Random {
