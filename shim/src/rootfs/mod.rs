@@ -1,7 +1,66 @@
 //! From what containerd hands over as a container's root file system to disks and the guest's mounts.
 
+pub mod cache;
 pub mod erofs;
+pub mod layer;
 pub mod tree;
 
 #[cfg(test)]
 mod testing;
+
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+/// What can go wrong with a container's files.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Something that containerd named is not there.
+    #[error("{0} does not exist, or is no directory: the snapshot that containerd named is gone")]
+    Missing(PathBuf),
+    /// There is no space left on the host.
+    #[error(
+        "no space left in {directory} to {operation}: free some there, or set {setting} to a directory on a larger file system"
+    )]
+    Full {
+        operation: String,
+        directory: PathBuf,
+        /// The configuration's name for the directory.
+        setting: &'static str,
+    },
+    /// Others than root could put images of their own into the cache.
+    #[error("{0} must belong to root, and no one else may write to it: correct its owner and mode")]
+    Writable(PathBuf),
+    /// A layer's files could not be read.
+    #[error(transparent)]
+    Tree(#[from] tree::Error),
+    /// A layer's image could not be built.
+    #[error("build an image of {layer}: {source}")]
+    Image {
+        layer: PathBuf,
+        source: erofs::Error,
+    },
+    /// The system refused.
+    #[error("{operation} {path}: {source}")]
+    Io {
+        operation: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+}
+
+/// Makes an [`Error::Io`] of a system call's failure.
+fn failed<E: Into<io::Error>>(operation: &'static str, path: &Path) -> impl Fn(E) -> Error {
+    move |error| Error::Io {
+        operation,
+        path: path.into(),
+        source: error.into(),
+    }
+}
+
+/// Whether a failure means that a file system or a quota is full.
+fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+    )
+}

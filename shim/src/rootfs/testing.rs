@@ -10,6 +10,8 @@ use std::process::Command;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
 use tempfile::TempDir;
 
+use super::cache::Cache;
+
 /// Runs a program and returns what it printed; its failure is the test's.
 pub fn run(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program)
@@ -26,31 +28,75 @@ pub fn run(program: &str, arguments: &[&str]) -> String {
     printed(&output.stdout)
 }
 
-/// A file system image that is mounted as long as this lives, and only for the calling thread.
-pub struct Mounted(TempDir);
+/// A containerd root directory and a cache.
+pub struct Host {
+    pub directory: TempDir,
+    pub cache: Cache,
+}
+
+impl Host {
+    pub fn new(limit_mib: u64) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::new(&directory.path().join("cache"), limit_mib).unwrap();
+        Self { directory, cache }
+    }
+
+    /// Makes a snapshot that holds one file of this size.
+    pub fn snapshot(&self, number: u32, size: usize) -> PathBuf {
+        let path = format!("containerd/snapshots/{number}/fs");
+        let path = self.directory.path().join(path);
+        fs::create_dir_all(&path).unwrap();
+        fs::write(path.join("file"), vec![number as u8; size]).unwrap();
+        path
+    }
+
+    /// The names of the images in the cache.
+    pub fn images(&self) -> Vec<String> {
+        fs::read_dir(self.directory.path().join("cache"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect()
+    }
+}
+
+/// A file system that is mounted as long as this lives, and only for the calling thread.
+pub struct Mounted {
+    target: PathBuf,
+    /// Where it is mounted, unless the caller chose the place.
+    directory: Option<TempDir>,
+}
 
 impl Mounted {
-    pub fn new(kind: &str, options: &str, image: &str) -> Self {
+    pub fn new(kind: &str, options: &str, source: &str) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut mounted = Self::over(kind, options, source, directory.path());
+        mounted.directory = Some(directory);
+        mounted
+    }
+
+    pub fn over(kind: &str, options: &str, source: &str, target: &Path) -> Self {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
         run("mount", &["--make-rprivate", "/"]);
-        let directory = tempfile::tempdir().unwrap();
-        let target = directory.path().to_str().unwrap();
-        run("mount", &["-t", kind, "-o", options, image, target]);
-        Self(directory)
+        let path = target.to_str().unwrap();
+        run("mount", &["-t", kind, "-o", options, source, path]);
+        Self {
+            target: target.into(),
+            directory: None,
+        }
     }
 
     pub fn path(&self) -> &Path {
-        self.0.path()
+        &self.target
     }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        run("umount", &[self.0.path().to_str().unwrap()]);
+        run("umount", &[self.target.to_str().unwrap()]);
     }
 }
 
-fn set_time(path: &Path, seconds: i64, nanoseconds: i64) {
+pub fn set_time(path: &Path, seconds: i64, nanoseconds: i64) {
     let time = Timespec {
         tv_sec: seconds,
         tv_nsec: nanoseconds,
