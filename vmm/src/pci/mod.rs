@@ -10,6 +10,8 @@ mod bus;
 mod config;
 pub mod msix;
 pub mod pvpanic;
+#[cfg(test)]
+mod tests;
 
 pub use bus::{Bus, Error, Layout};
 pub(crate) use config::lock;

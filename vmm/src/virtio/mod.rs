@@ -10,7 +10,9 @@ mod notify;
 mod ring;
 mod status;
 #[cfg(test)]
-pub mod testing;
+mod testing;
+#[cfg(test)]
+mod tests;
 mod transport;
 pub mod vsock;
 

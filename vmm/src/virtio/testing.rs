@@ -1,14 +1,16 @@
 //! For tests: a machine whose processor never runs, and the guest's side of a virtio device, which sees the device through the PCI bus
 //! alone, as a driver does.
 
+use std::cell::RefCell;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use nix::poll::{PollFd, PollFlags, poll};
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Device, Transport};
 use crate::irq::Routes;
@@ -37,8 +39,8 @@ pub struct Machine {
     pub routes: Arc<Routes>,
     pub ram: GuestRam,
     pub bus: Bus,
-    /// Never runs; its local APIC receives interrupts.
-    vcpu: VcpuFd,
+    /// Its local APIC receives interrupts; it runs only for [`Machine::guest_write`].
+    vcpu: RefCell<VcpuFd>,
 }
 
 impl Default for Machine {
@@ -51,7 +53,7 @@ impl Default for Machine {
         lapic.regs[0xf1] = 1;
         vcpu.set_lapic(&lapic).unwrap();
         let occupied = vec![0..u64::from(MEMORY) << 20, 0xfec0_0000..1 << 32];
-        Self {
+        let machine = Self {
             routes: Arc::new(Routes::new(vm.clone())),
             vm,
             ram: memory::create(MEMORY).unwrap(),
@@ -59,8 +61,20 @@ impl Default for Machine {
                 window: WINDOW..0xfec0_0000,
                 occupied,
             }),
-            vcpu,
+            vcpu: RefCell::new(vcpu),
+        };
+        for (slot, region) in (0..).zip(machine.ram.iter()) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.start_addr().0,
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the region is mapped for as long as the machine exists, and nothing else is at its guest addresses.
+            unsafe { machine.vm.set_user_memory_region(region) }.unwrap();
         }
+        machine
     }
 }
 
@@ -75,18 +89,51 @@ impl Machine {
 
     /// Whether the processor has an interrupt waiting with this vector.
     pub fn is_requested(&self, vector: u8) -> bool {
-        let lapic = self.vcpu.get_lapic().unwrap();
+        let lapic = self.vcpu.borrow().get_lapic().unwrap();
         let word = 0x200 + usize::from(vector / 32) * 0x10 + usize::from(vector % 32 / 8);
         lapic.regs[word] as u8 >> (vector % 8) & 1 == 1
     }
 
     /// Forgets all interrupts that are waiting.
     pub fn clear_requested(&self) {
-        let mut lapic = self.vcpu.get_lapic().unwrap();
+        let mut lapic = self.vcpu.borrow().get_lapic().unwrap();
         for register in 0..8 {
             lapic.regs[0x200 + register * 0x10..][..4].fill(0);
         }
-        self.vcpu.set_lapic(&lapic).unwrap();
+        self.vcpu.borrow().set_lapic(&lapic).unwrap();
+    }
+
+    /// Runs a guest that writes four bytes to an address. Returns whether KVM dealt with that by itself.
+    pub fn guest_write(&self, address: u64) -> bool {
+        const CODE: u64 = 0x1000;
+        // mov [address], eax; out 0, al
+        let mut code = vec![0xa3];
+        code.extend((address as u32).to_le_bytes());
+        code.extend([0xe6, 0]);
+        self.ram.write_slice(&code, GuestAddress(CODE)).unwrap();
+        let mut vcpu = self.vcpu.borrow_mut();
+        let mut registers = vcpu.get_sregs().unwrap();
+        // 32-bit protected mode, all memory flat.
+        registers.cr0 |= 1;
+        for segment in [&mut registers.cs, &mut registers.ds] {
+            segment.base = 0;
+            segment.limit = u32::MAX;
+            segment.g = 1;
+            segment.db = 1;
+        }
+        vcpu.set_sregs(&registers).unwrap();
+        let mut registers = vcpu.get_regs().unwrap();
+        registers.rip = CODE;
+        registers.rflags = 2;
+        vcpu.set_regs(&registers).unwrap();
+        let mut dealt_with = true;
+        loop {
+            match vcpu.run().unwrap() {
+                VcpuExit::IoOut(0, _) => return dealt_with,
+                VcpuExit::MmioWrite(at, _) if at == address => dealt_with = false,
+                exit => panic!("{exit:?}"),
+            }
+        }
     }
 
     pub fn config_read(&self, slot: u8, offset: u8, data: &mut [u8]) {
@@ -211,6 +258,19 @@ impl<'a> Driver<'a> {
     /// Sets a queue up at an address of guest memory (64 KiB of it), with its MSI-X vector.
     pub fn set_up_queue(&self, index: u16, at: u64, features: u64) -> DriverQueue<'a> {
         self.select_queue(index);
+        self.write(self.common + 0x1a, &(index + 1).to_le_bytes());
+        assert_eq!(self.read_u16(self.common + 0x1a), index + 1);
+        self.set_up_queue_without_vector(index, at, features)
+    }
+
+    /// Sets a queue up without an MSI-X vector.
+    pub fn set_up_queue_without_vector(
+        &self,
+        index: u16,
+        at: u64,
+        features: u64,
+    ) -> DriverQueue<'a> {
+        self.select_queue(index);
         let size = self.read_u16(self.common + 0x18);
         let queue = DriverQueue::new(&self.machine.ram, at, size, features & EVENT_IDX != 0);
         for (offset, address) in [(0x20, queue.table), (0x28, queue.avail), (0x30, queue.used)] {
@@ -218,8 +278,6 @@ impl<'a> Driver<'a> {
             let high = (address >> 32) as u32;
             self.write(self.common + offset + 4, &high.to_le_bytes());
         }
-        self.write(self.common + 0x1a, &(index + 1).to_le_bytes());
-        assert_eq!(self.read_u16(self.common + 0x1a), index + 1);
         self.write(self.common + 0x1c, &1u16.to_le_bytes());
         assert_eq!(self.read_u16(self.common + 0x1c), 1);
         queue
