@@ -1,4 +1,4 @@
-//! For tests: a machine whose processor never runs, and the guest's side of a virtio device, which sees the device through the PCI bus
+//! For tests: a machine, the guest's side of a virtio device, which sees the device through the PCI bus
 //! alone, as a driver does.
 
 use std::cell::RefCell;
@@ -19,6 +19,8 @@ use crate::pci::{Bus, Layout};
 
 /// Where the BARs are before the guest moves them.
 pub const WINDOW: u64 = 0xc000_0000;
+/// Where the processor finds the few instructions that it runs.
+const CODE: u64 = 0x1000;
 /// MiB of guest memory.
 const MEMORY: u32 = 64;
 
@@ -39,7 +41,7 @@ pub struct Machine {
     pub routes: Arc<Routes>,
     pub ram: GuestRam,
     pub bus: Bus,
-    /// Its local APIC receives interrupts; it runs only for [`Machine::guest_write`].
+    /// Its local APIC receives interrupts; it runs a few instructions when a test asks for it.
     vcpu: RefCell<VcpuFd>,
 }
 
@@ -94,43 +96,75 @@ impl Machine {
         lapic.regs[word] as u8 >> (vector % 8) & 1 == 1
     }
 
-    /// Forgets all interrupts that are waiting.
-    pub fn clear_requested(&self) {
-        let mut lapic = self.vcpu.borrow().get_lapic().unwrap();
-        for register in 0..8 {
-            lapic.regs[0x200 + register * 0x10..][..4].fill(0);
+    /// Has the processor wait for an interrupt, and returns its vector. (KVM delivers what it finds pending when it is given
+    /// an eventfd from another thread.)
+    pub fn take_interrupt(&self) -> u8 {
+        // sti; hlt; and again
+        self.ram
+            .write_slice(&[0xfb, 0xf4, 0xeb, 0xfc], GuestAddress(CODE))
+            .unwrap();
+        for vector in 0x40..0x80_u8 {
+            // mov al, vector; out 0, al
+            let handler = CODE + u64::from(vector) * 4;
+            let code = GuestAddress(handler);
+            self.ram
+                .write_slice(&[0xb0, vector, 0xe6, 0], code)
+                .unwrap();
+            let entry = GuestAddress(u64::from(vector) * 4);
+            self.ram.write_obj(handler as u32, entry).unwrap();
         }
-        self.vcpu.borrow().set_lapic(&lapic).unwrap();
+        let vector = match self.run(0).as_slice() {
+            [Exit::Out(vector)] => *vector,
+            exits => panic!("{exits:?}"),
+        };
+        // Nobody else is going to acknowledge it.
+        let vcpu = self.vcpu.borrow_mut();
+        let mut lapic = vcpu.get_lapic().unwrap();
+        lapic.regs[0x100..0x180].fill(0);
+        vcpu.set_lapic(&lapic).unwrap();
+        vector
     }
 
     /// Runs a guest that writes four bytes to an address. Returns whether KVM dealt with that by itself.
     pub fn guest_write(&self, address: u64) -> bool {
-        const CODE: u64 = 0x1000;
         // mov [address], eax; out 0, al
         let mut code = vec![0xa3];
         code.extend((address as u32).to_le_bytes());
         code.extend([0xe6, 0]);
         self.ram.write_slice(&code, GuestAddress(CODE)).unwrap();
+        match self.run(1).as_slice() {
+            [Exit::Out(_)] => true,
+            [Exit::Mmio(at), Exit::Out(_)] if *at == address => false,
+            exits => panic!("{exits:?}"),
+        }
+    }
+
+    /// Runs the processor from `CODE`, in 16-bit real or 32-bit protected mode, until it writes to port 0.
+    fn run(&self, protected: u64) -> Vec<Exit> {
         let mut vcpu = self.vcpu.borrow_mut();
         let mut registers = vcpu.get_sregs().unwrap();
-        // 32-bit protected mode, all memory flat.
-        registers.cr0 |= 1;
-        for segment in [&mut registers.cs, &mut registers.ds] {
+        registers.cr0 = registers.cr0 & !1 | protected;
+        for segment in [&mut registers.cs, &mut registers.ds, &mut registers.ss] {
+            segment.selector = 0;
             segment.base = 0;
-            segment.limit = u32::MAX;
-            segment.g = 1;
-            segment.db = 1;
+            segment.limit = if protected == 1 { u32::MAX } else { 0xffff };
+            segment.g = protected as u8;
+            segment.db = protected as u8;
         }
         vcpu.set_sregs(&registers).unwrap();
         let mut registers = vcpu.get_regs().unwrap();
         registers.rip = CODE;
+        registers.rsp = CODE;
         registers.rflags = 2;
         vcpu.set_regs(&registers).unwrap();
-        let mut dealt_with = true;
+        let mut exits = Vec::new();
         loop {
             match vcpu.run().unwrap() {
-                VcpuExit::IoOut(0, _) => return dealt_with,
-                VcpuExit::MmioWrite(at, _) if at == address => dealt_with = false,
+                VcpuExit::IoOut(0, data) => {
+                    exits.push(Exit::Out(data[0]));
+                    return exits;
+                }
+                VcpuExit::MmioWrite(address, _) => exits.push(Exit::Mmio(address)),
                 exit => panic!("{exit:?}"),
             }
         }
@@ -157,6 +191,15 @@ impl Machine {
         self.config_read(slot, offset, &mut data);
         u32::from_le_bytes(data)
     }
+}
+
+/// Why the processor has left the guest.
+#[derive(Debug)]
+enum Exit {
+    /// It has written this to port 0.
+    Out(u8),
+    /// It has written to this address, which is no memory.
+    Mmio(u64),
 }
 
 fn config_address(slot: u8, offset: u8) -> [u8; 4] {
