@@ -1,6 +1,7 @@
 //! From what containerd hands over as a container's root file system to disks and the guest's mounts.
 
 pub mod cache;
+pub mod composite;
 pub mod erofs;
 pub mod layer;
 pub mod tree;
@@ -30,6 +31,11 @@ pub enum Error {
     /// Others than root could put images of their own into the cache.
     #[error("{0} must belong to root, and no one else may write to it: correct its owner and mode")]
     Writable(PathBuf),
+    /// A container has more layers than a disk can hold.
+    #[error(
+        "the container's layers need a disk of {extents} parts, but there can be {most}: squash some layers of its image"
+    )]
+    TooManyLayers { extents: usize, most: usize },
     /// A layer's files could not be read.
     #[error(transparent)]
     Tree(#[from] tree::Error),

@@ -11,6 +11,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags}
 use tempfile::TempDir;
 
 use super::cache::Cache;
+use crate::disk::DiskFiles;
 
 /// Runs a program and returns what it printed; its failure is the test's.
 pub fn run(program: &str, arguments: &[&str]) -> String {
@@ -243,7 +244,7 @@ pub fn see(root: &Path) -> BTreeMap<PathBuf, Seen> {
                 links: metadata.nlink(),
                 first,
                 xattrs: xattrs(&full),
-                content: content(&full, &metadata),
+                content: file_content(&full, &metadata),
             };
             (path, seen)
         })
@@ -280,7 +281,7 @@ fn xattrs(path: &Path) -> BTreeMap<String, Vec<u8>> {
 }
 
 /// A file's content, or of a very large one its beginning, a part at an odd place, and its end.
-fn content(path: &Path, metadata: &Metadata) -> Vec<u8> {
+fn file_content(path: &Path, metadata: &Metadata) -> Vec<u8> {
     let mut content = Vec::new();
     if metadata.is_symlink() {
         content.extend(fs::read_link(path).unwrap().as_os_str().as_encoded_bytes());
@@ -295,6 +296,18 @@ fn content(path: &Path, metadata: &Metadata) -> Vec<u8> {
                 content.extend(part);
             }
         }
+    }
+    content
+}
+
+/// Reads a whole disk.
+pub fn content(disk: &DiskFiles) -> Vec<u8> {
+    let mut content = Vec::new();
+    for (file, extent) in &disk.extents {
+        let file = File::from(file.try_clone().unwrap());
+        let mut bytes = vec![0; extent.length as usize];
+        file.read_exact_at(&mut bytes, extent.offset).unwrap();
+        content.extend(bytes);
     }
     content
 }
