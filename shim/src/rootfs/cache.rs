@@ -26,7 +26,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 use tokio::sync::Semaphore;
 
-use super::{Error, failed, is_full};
+use super::{Error, failed, full, is_full};
 
 /// A directory of images.
 #[derive(Debug, Clone)]
@@ -61,14 +61,20 @@ impl Cache {
         })
     }
 
+    /// The cache's directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Runs a build in a thread of its own, when it is its turn.
     pub async fn run<T: Send + 'static>(
         &self,
-        build: impl FnOnce() -> Result<T, Error> + Send + 'static,
+        build: impl FnOnce(&Self) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
         // The semaphore is never closed; without a permit the work would merely be done at once.
         let _permit = self.builds.acquire().await.ok();
-        match tokio::task::spawn_blocking(build).await {
+        let cache = self.clone();
+        match tokio::task::spawn_blocking(move || build(&cache)).await {
             Ok(result) => result,
             Err(error) => match error.try_into_panic() {
                 Ok(panic) => std::panic::resume_unwind(panic),
@@ -160,11 +166,8 @@ impl Cache {
     /// Why an image could not be written.
     pub fn not_written(&self, source: &Path, error: io::Error) -> Error {
         if is_full(&error) {
-            return Error::Full {
-                operation: format!("build an image of {}", source.display()),
-                directory: self.path.to_path_buf(),
-                setting: "cache_dir",
-            };
+            let operation = format!("build an image of {}", source.display());
+            return full(operation, &self.path, "cache_dir");
         }
         failed("write an image in", &self.path)(error)
     }

@@ -28,9 +28,11 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::FileType;
 
-pub use chunks::{Chunks, each_data};
+pub use chunks::Chunks;
 use stream::Stream;
 pub use xattrs::Xattrs;
+
+use super::sparse::each_data;
 
 /// Size of a block in bytes: images are a whole number of them.
 pub const BLOCK: u64 = 4096;

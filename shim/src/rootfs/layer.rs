@@ -50,8 +50,7 @@ impl Cache {
                 return Ok(image);
             }
         }
-        let cache = self.clone();
-        self.run(move || cache.build(&layer)).await
+        self.run(move |cache| cache.build(&layer)).await
     }
 
     /// Builds a layer's image, or waits until another process has built it.

@@ -4,6 +4,8 @@ pub mod cache;
 pub mod composite;
 pub mod erofs;
 pub mod layer;
+pub mod scratch;
+mod sparse;
 pub mod tree;
 
 #[cfg(test)]
@@ -28,6 +30,18 @@ pub enum Error {
         /// The configuration's name for the directory.
         setting: &'static str,
     },
+    /// There is little space left on the host.
+    #[error(
+        "only {free_mib} MiB are free in {directory}, but a scratch disk needs {needed_mib} MiB: free some there, or set scratch_dir to a directory on a larger file system"
+    )]
+    NearlyFull {
+        directory: PathBuf,
+        free_mib: u64,
+        needed_mib: u64,
+    },
+    /// A program of the host did not do its work.
+    #[error("{tool} failed: {problem}; is the package e2fsprogs installed?")]
+    Tool { tool: &'static str, problem: String },
     /// Others than root could put images of their own into the cache.
     #[error("{0} must belong to root, and no one else may write to it: correct its owner and mode")]
     Writable(PathBuf),
@@ -60,6 +74,15 @@ fn failed<E: Into<io::Error>>(operation: &'static str, path: &Path) -> impl Fn(E
         operation,
         path: path.into(),
         source: error.into(),
+    }
+}
+
+/// Makes an [`Error::Full`].
+fn full(operation: impl Into<String>, directory: &Path, setting: &'static str) -> Error {
+    Error::Full {
+        operation: operation.into(),
+        directory: directory.into(),
+        setting,
     }
 }
 

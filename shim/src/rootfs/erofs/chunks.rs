@@ -4,7 +4,10 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 
-use super::{BLOCK, Error};
+use rustix::fs::SeekFrom::Data;
+
+use super::super::sparse::next;
+use super::BLOCK;
 
 /// How many chunks a sparse file has at most (256 KiB of table), unless that would need chunks larger than there can be.
 const MAX_CHUNKS: u64 = 64 * 1024;
@@ -33,7 +36,7 @@ impl Chunks {
         }
         let mut present = Vec::new();
         let mut position = 0;
-        while let Some(data) = next(file, rustix::fs::SeekFrom::Data(position), size)? {
+        while let Some(data) = next(file, Data(position), size)? {
             present.push((data >> bits) as u32);
             position = ((data >> bits) + 1) << bits;
         }
@@ -72,32 +75,6 @@ impl Chunks {
         }
         table
     }
-}
-
-/// The next offset of data or of a hole that lies before `end`, if there is one.
-fn next(file: &File, from: rustix::fs::SeekFrom, end: u64) -> io::Result<Option<u64>> {
-    match rustix::fs::seek(file, from) {
-        Ok(offset) => Ok(Some(offset).filter(|&offset| offset < end)),
-        Err(rustix::io::Errno::NXIO) => Ok(None),
-        Err(errno) => Err(errno.into()),
-    }
-}
-
-/// Calls `copy` with each part of a file's range that holds data.
-pub fn each_data(
-    file: &File,
-    range: Range<u64>,
-    mut copy: impl FnMut(Range<u64>) -> Result<(), Error>,
-    failed: impl Fn(io::Error) -> Error,
-) -> Result<(), Error> {
-    use rustix::fs::SeekFrom::{Data, Hole};
-    let mut position = range.start;
-    while let Some(start) = next(file, Data(position), range.end).map_err(&failed)? {
-        let hole = next(file, Hole(start), range.end).map_err(&failed)?;
-        position = hole.unwrap_or(range.end);
-        copy(start..position)?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
