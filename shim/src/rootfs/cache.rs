@@ -13,10 +13,11 @@
 use std::ffi::CStr;
 use std::fs::{DirBuilder, File};
 use std::io::{self, ErrorKind};
+use std::num::NonZero;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Instant;
 
 use rustix::fs::{
@@ -28,6 +29,12 @@ use tokio::sync::Semaphore;
 
 use super::{Error, failed, full, is_full};
 
+/// The shim builds as many images at the same time as the host has processors.
+static BUILDS: LazyLock<Semaphore> = LazyLock::new(|| {
+    let processors = std::thread::available_parallelism();
+    Semaphore::new(processors.map_or(1, NonZero::get))
+});
+
 /// A directory of images.
 #[derive(Debug, Clone)]
 pub struct Cache {
@@ -35,8 +42,6 @@ pub struct Cache {
     directory: Arc<File>,
     /// In bytes.
     limit: u64,
-    /// One permit for each processor.
-    builds: Arc<Semaphore>,
 }
 
 impl Cache {
@@ -52,12 +57,10 @@ impl Cache {
         if metadata.uid() != 0 || metadata.mode() & 0o022 != 0 {
             return Err(Error::Writable(path.into()));
         }
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             path: path.into(),
             directory: Arc::new(directory),
             limit: limit_mib << 20,
-            builds: Arc::new(Semaphore::new(processors)),
         })
     }
 
@@ -72,7 +75,7 @@ impl Cache {
         build: impl FnOnce(&Self) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
         // The semaphore is never closed; without a permit the work would merely be done at once.
-        let _permit = self.builds.acquire().await.ok();
+        let _permit = BUILDS.acquire().await.ok();
         let cache = self.clone();
         match tokio::task::spawn_blocking(move || build(&cache)).await {
             Ok(result) => result,

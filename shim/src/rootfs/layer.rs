@@ -29,6 +29,9 @@ use super::{Error, erofs, failed, tree};
 /// Changes when images are laid out in another way, so that old ones are not used any more.
 const VERSION: u32 = 1;
 
+/// What `statfs` tells of a mounted EROFS image.
+const EROFS: i64 = 0xe0f5_e1e2;
+
 /// A layer's directory.
 #[derive(Debug)]
 pub struct Layer {
@@ -39,33 +42,24 @@ pub struct Layer {
 }
 
 impl Cache {
-    /// The image of a layer, read-only. Builds it if need be. `immutable` says that nothing writes to the layer any more.
-    pub async fn layer(&self, path: &Path, immutable: bool) -> Result<File, Error> {
-        let mut layer = Layer::open(path)?;
-        if !immutable {
-            layer.name = None;
+    /// A layer's image, if it is there.
+    pub fn find(&self, layer: &Layer) -> Result<Option<File>, Error> {
+        match &layer.name {
+            Some(name) => self.open(name),
+            None => Ok(None),
         }
-        if let Some(name) = &layer.name {
-            if let Some(image) = self.open(name)? {
-                return Ok(image);
-            }
-        }
-        self.run(move |cache| cache.build(&layer)).await
     }
 
-    /// Builds a layer's image, or waits until another process has built it.
-    fn build(&self, layer: &Layer) -> Result<File, Error> {
-        let write = |file: &File| self.write(layer, file);
-        match &layer.name {
-            Some(name) => self.get(name, &layer.directory, &layer.path, write),
-            None => {
-                log::info!(
-                    "{} is no snapshot: building an image for one container",
-                    layer.path.display()
-                );
-                self.reopen(&self.unnamed(write)?)
+    /// Builds a layer's image, unless another process is just doing so: then it waits.
+    pub async fn build(&self, layer: Layer) -> Result<File, Error> {
+        self.run(move |cache| {
+            let write = |file: &File| cache.write(&layer, file);
+            match &layer.name {
+                Some(name) => cache.get(name, &layer.directory, &layer.path, write),
+                None => cache.reopen(&cache.unnamed(write)?),
             }
-        }
+        })
+        .await
     }
 
     /// Writes a layer's image.
@@ -83,7 +77,8 @@ impl Cache {
 }
 
 impl Layer {
-    fn open(path: &Path) -> Result<Self, Error> {
+    /// Opens a layer's directory. `immutable` says that nothing writes to it any more: only then is its image cached.
+    pub fn open(path: &Path, immutable: bool) -> Result<Self, Error> {
         let directory = OpenOptions::new()
             .read(true)
             .custom_flags((OFlags::DIRECTORY | OFlags::NOFOLLOW).bits() as i32)
@@ -92,7 +87,10 @@ impl Layer {
                 ErrorKind::NotFound | ErrorKind::NotADirectory => Error::Missing(path.into()),
                 _ => failed("open", path)(error),
             })?;
-        let name = Self::name(path, &directory).map_err(failed("stat", path))?;
+        let name = match immutable {
+            true => Self::name(path, &directory).map_err(failed("stat", path))?,
+            false => None,
+        };
         Ok(Self {
             path: path.into(),
             directory,
@@ -125,6 +123,20 @@ impl Layer {
     }
 }
 
+/// The image behind a directory that containerd 2.1's erofs snapshotter has mounted: `layer.erofs`, beside the directory.
+pub fn mounted_image(path: &Path) -> Result<Option<PathBuf>, Error> {
+    let Some(snapshot) = path.parent().filter(|_| snapshots(path).is_some()) else {
+        return Ok(None);
+    };
+    let mounted = match rustix::fs::statfs(path) {
+        Ok(told) => told.f_type == EROFS,
+        // Told when the directory is opened.
+        Err(_) => false,
+    };
+    let image = snapshot.join("layer.erofs");
+    Ok(Some(image).filter(|image| mounted && image.is_file()))
+}
+
 /// The directory of snapshots that a path of the form `.../snapshots/NUMBER/fs` is in.
 fn snapshots(path: &Path) -> Option<&Path> {
     let snapshot = path.parent().filter(|_| path.ends_with("fs"))?;
@@ -142,6 +154,14 @@ mod tests {
     use super::super::testing::{Host, Mounted, assert_same, fill};
     use super::*;
 
+    async fn image(cache: &Cache, path: &Path, immutable: bool) -> Result<File, Error> {
+        let layer = Layer::open(path, immutable)?;
+        match cache.find(&layer)? {
+            Some(image) => Ok(image),
+            None => cache.build(layer).await,
+        }
+    }
+
     fn inode(file: &File) -> u64 {
         file.metadata().unwrap().ino()
     }
@@ -153,11 +173,14 @@ mod tests {
         fill(&layer);
         // Two shims, each of which takes the cache for its own.
         let other = Cache::new(&host.directory.path().join("cache"), 1000).unwrap();
-        let (one, two) = tokio::join!(host.cache.layer(&layer, true), other.layer(&layer, true));
+        let (one, two) = tokio::join!(
+            image(&host.cache, &layer, true),
+            image(&other, &layer, true)
+        );
         let (one, two) = (one.unwrap(), two.unwrap());
         assert_eq!(inode(&one), inode(&two));
         assert_eq!(host.images().len(), 1);
-        let again = host.cache.layer(&layer, true).await.unwrap();
+        let again = image(&host.cache, &layer, true).await.unwrap();
         assert_eq!(inode(&one), inode(&again));
         assert!(
             (&one).write_all(b"x").is_err(),
@@ -172,14 +195,14 @@ mod tests {
     async fn a_snapshot_that_takes_over_a_number_gets_an_image_of_its_own() {
         let host = Host::new(1000);
         let layer = host.snapshot(1, 10_000);
-        let first = host.cache.layer(&layer, true).await.unwrap();
+        let first = image(&host.cache, &layer, true).await.unwrap();
         fs::remove_dir_all(host.directory.path().join("containerd")).unwrap();
         let layer = host.snapshot(1, 10_000);
-        let second = host.cache.layer(&layer, true).await.unwrap();
+        let second = image(&host.cache, &layer, true).await.unwrap();
         assert_ne!(inode(&first), inode(&second));
         // Even where the inode is the same one.
         fs::set_permissions(&layer, fs::Permissions::from_mode(0o711)).unwrap();
-        let third = host.cache.layer(&layer, true).await.unwrap();
+        let third = image(&host.cache, &layer, true).await.unwrap();
         assert_ne!(inode(&second), inode(&third));
     }
 
@@ -192,14 +215,14 @@ mod tests {
         fs::write(elsewhere.join("file"), "content").unwrap();
         let mounted = host.snapshot(2, 10);
         for (path, immutable) in [(&snapshot, false), (&elsewhere, true)] {
-            let one = host.cache.layer(path, immutable).await.unwrap();
-            let two = host.cache.layer(path, immutable).await.unwrap();
+            let one = image(&host.cache, path, immutable).await.unwrap();
+            let two = image(&host.cache, path, immutable).await.unwrap();
             assert_ne!(inode(&one), inode(&two), "{path:?}");
             assert_eq!(one.metadata().unwrap().nlink(), 0);
             assert_ne!(one.metadata().unwrap().len(), 0);
         }
         assert!(host.images().is_empty());
-        let name = |path: &Path| Layer::open(path).unwrap().name;
+        let name = |path: &Path| Layer::open(path, true).unwrap().name;
         assert!(name(&mounted).is_some());
         let _mounts = Mounted::over("tmpfs", "", "none", &mounted);
         assert_eq!(
@@ -216,7 +239,7 @@ mod tests {
         let link = host.directory.path().join("link");
         std::os::unix::fs::symlink(&snapshot, &link).unwrap();
         for path in [link, snapshot.join("file"), snapshot.join("absent")] {
-            let error = host.cache.layer(&path, true).await.unwrap_err();
+            let error = image(&host.cache, &path, true).await.unwrap_err();
             assert!(
                 matches!(&error, Error::Missing(missing) if *missing == path),
                 "{error}"
@@ -230,7 +253,7 @@ mod tests {
         let layer = host.snapshot(1, 4 << 20);
         let small = Mounted::new("tmpfs", "size=1m", "none");
         let cache = Cache::new(&small.path().join("cache"), 1000).unwrap();
-        let error = cache.build(&Layer::open(&layer).unwrap()).unwrap_err();
+        let error = image(&cache, &layer, true).await.unwrap_err();
         assert!(matches!(error, Error::Full { .. }), "{error}");
         let text = error.to_string();
         assert!(

@@ -1,18 +1,202 @@
 //! From what containerd hands over as a container's root file system to disks and the guest's mounts.
+//!
+//! Nothing of the host's file system is served to a guest: read-only layers become EROFS images ([`layer`], [`erofs`]), which are
+//! kept ([`cache`]) and joined to one disk ([`composite`]); what is a block device or an image already is attached as it is
+//! ([`block`]); what containers write goes to a disk of their pod ([`scratch`]).
 
+pub mod block;
 pub mod cache;
 pub mod composite;
 pub mod erofs;
 pub mod layer;
+pub mod plan;
 pub mod scratch;
 mod sparse;
 pub mod tree;
 
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 
+use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+
+use bulkhead_agent::protocol::disk_source;
+use containerd_shim_protos::api::Mount;
+use tokio::task::JoinSet;
+
+use crate::config::Config;
+use crate::disk::DiskFiles;
+use cache::Cache;
+use layer::Layer;
+use plan::Plan;
+
+/// The longest identification of a disk (virtio 1.2, section 5.2.6.1).
+const MAX_ID: usize = 20;
+
+/// A container's root file system, ready to be attached.
+#[derive(Debug)]
+pub struct Rootfs {
+    disks: Vec<DiskFiles>,
+    mounts: Mounts,
+}
+
+impl Rootfs {
+    /// The disks to attach, and what the guest shall do with them.
+    pub fn into_parts(self) -> (Vec<DiskFiles>, Mounts) {
+        (self.disks, self.mounts)
+    }
+}
+
+/// The mounts that make the root file system in the guest, as the agent's protocol describes them.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Mounts(Vec<Template>);
+
+/// A mount whose disk has no place on the guest's bus yet.
+#[derive(Debug, PartialEq, Eq)]
+struct Template {
+    kind: String,
+    source: Source,
+    options: Vec<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    None,
+    Disk,
+    /// Counted from 1.
+    Partition(u32),
+}
+
+impl Mounts {
+    /// The mounts, once the disks are in these PCI slots.
+    ///
+    /// # Panics
+    ///
+    /// If there are fewer slots than disks.
+    pub fn at(&self, slots: &[u8]) -> Vec<Mount> {
+        let source = |source| match source {
+            Source::None => "overlay".into(),
+            Source::Disk => disk_source(slots[0], None),
+            Source::Partition(number) => disk_source(slots[0], Some(number)),
+        };
+        let mount = |template: &Template| Mount {
+            type_: template.kind.clone(),
+            source: source(template.source),
+            options: template.options.clone(),
+            ..Default::default()
+        };
+        self.0.iter().map(mount).collect()
+    }
+}
+
+/// Prepares the root file system that a `CreateTaskRequest` describes, for the container `id`.
+///
+/// Images of layers are built if the host does not have them yet, which takes about as long as copying the layers.
+pub async fn prepare(config: &Config, id: &str, mounts: Vec<Mount>) -> Result<Rootfs, Error> {
+    let disk_id: String = id.chars().take(MAX_ID).collect();
+    match Plan::of(&mounts)? {
+        Plan::Layers { layers, overlay } => {
+            let cache = Cache::new(&config.cache_dir, config.cache_size_mib)?;
+            let images = images(&cache, id, layers).await?;
+            let mut mounts: Vec<_> = (1..=images.len() as u32)
+                .map(|number| Template {
+                    kind: "erofs".into(),
+                    source: match images.len() {
+                        1 => Source::Disk,
+                        _ => Source::Partition(number),
+                    },
+                    options: vec!["ro".into()],
+                })
+                .collect();
+            mounts.extend(overlay.map(|options| Template {
+                kind: "overlay".into(),
+                source: Source::None,
+                options,
+            }));
+            let mut disks = Vec::new();
+            if !images.is_empty() {
+                disks.push(composite::disk(&disk_id, images)?);
+            }
+            Ok(Rootfs {
+                disks,
+                mounts: Mounts(mounts),
+            })
+        }
+        Plan::Disk {
+            kind,
+            path,
+            read_only,
+            options,
+        } => Ok(Rootfs {
+            disks: vec![block::disk(&disk_id, &path, read_only)?],
+            mounts: Mounts(vec![Template {
+                kind,
+                source: Source::Disk,
+                options,
+            }]),
+        }),
+    }
+}
+
+/// Makes the disk of a pod for what its containers write.
+pub async fn scratch(config: &Config) -> Result<DiskFiles, Error> {
+    let cache = Cache::new(&config.cache_dir, config.cache_size_mib)?;
+    scratch::disk(&cache, &config.scratch_dir, config.scratch_size_mib).await
+}
+
+/// The images of layers, those that are missing built at the same time.
+async fn images(cache: &Cache, id: &str, layers: Vec<plan::Layer>) -> Result<Vec<File>, Error> {
+    let mut images = Vec::with_capacity(layers.len());
+    let mut missing = Vec::new();
+    for layer in layers {
+        let ready = match &layer {
+            plan::Layer::Upper(path) if is_empty(path)? => continue,
+            plan::Layer::Upper(_) => None,
+            plan::Layer::Lower(path) => layer::mounted_image(path)?,
+            plan::Layer::Image(path) => Some(path.clone()),
+        };
+        if let Some(path) = ready {
+            images.push(Some(block::open(&path, true)?.0));
+            continue;
+        }
+        let immutable = !matches!(layer, plan::Layer::Upper(_));
+        let layer = Layer::open(layer.path(), immutable)?;
+        let image = cache.find(&layer)?;
+        if image.is_none() {
+            missing.push((images.len(), layer));
+        }
+        images.push(image);
+    }
+    if !missing.is_empty() {
+        log::info!(
+            "container {id}: building images of {} of {} layers",
+            missing.len(),
+            images.len()
+        );
+    }
+    let mut builds = JoinSet::new();
+    for (index, layer) in missing {
+        let cache = cache.clone();
+        builds.spawn(async move { (index, cache.build(layer).await) });
+    }
+    while let Some(built) = builds.join_next().await {
+        let (index, image) = built
+            .map_err(|error| failed("build an image in", cache.path())(io::Error::other(error)))?;
+        images[index] = Some(image?);
+    }
+    Ok(images.into_iter().flatten().collect())
+}
+
+fn is_empty(directory: &Path) -> Result<bool, Error> {
+    let mut entries = fs::read_dir(directory).map_err(|error| match error.kind() {
+        ErrorKind::NotFound | ErrorKind::NotADirectory => Error::Missing(directory.into()),
+        _ => failed("list", directory)(error),
+    })?;
+    Ok(entries.next().is_none())
+}
 
 /// What can go wrong with a container's files.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +204,18 @@ pub enum Error {
     /// Something that containerd named is not there.
     #[error("{0} does not exist, or is no directory: the snapshot that containerd named is gone")]
     Missing(PathBuf),
+    /// Something other than the machine uses a disk.
+    #[error("{0} is in use: it is mounted on the host, or another machine has it")]
+    InUse(PathBuf),
+    /// What should be a disk is none.
+    #[error("{0} is neither a block device nor a file")]
+    NoDisk(PathBuf),
+    /// A disk has a length that no disk can have.
+    #[error("{path} has {length} bytes: a disk has a multiple of 512, and at least that")]
+    Length { path: PathBuf, length: u64 },
+    /// The mounts are not known.
+    #[error(transparent)]
+    Plan(#[from] plan::Error),
     /// There is no space left on the host.
     #[error(
         "no space left in {directory} to {operation}: free some there, or set {setting} to a directory on a larger file system"

@@ -97,6 +97,26 @@ impl Drop for Mounted {
     }
 }
 
+/// A loop device for a file, as long as this lives.
+pub struct Loop(PathBuf);
+
+impl Loop {
+    pub fn new(file: &Path) -> Self {
+        let device = run("losetup", &["--find", "--show", file.to_str().unwrap()]);
+        Self(device.trim().into())
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        run("losetup", &["--detach", self.0.to_str().unwrap()]);
+    }
+}
+
 pub fn set_time(path: &Path, seconds: i64, nanoseconds: i64) {
     let time = Timespec {
         tv_sec: seconds,
