@@ -20,12 +20,18 @@
 //! * `stdin`, `stdout` and `stderr`, of Create and of Exec, are empty (`/dev/null`) or a stream's name (see below). With a terminal `stderr` is
 //!   empty.
 //!
+//! Fields of the specification that only the host can carry out are not read by the agent, and are the shim's: `root.path`,
+//! `annotations`, `linux.cgroupsPath`, every kind of hook but `startContainer`, and the paths of namespaces (a network, IPC, UTS, PID or
+//! cgroup namespace with a path, or without an entry, is the guest's own). `process.apparmorProfile`, `process.selinuxLabel`, `linux.mountLabel` and
+//! whatever else the agent does not do it refuses: the shim removes what the host can answer for. Sources of bind mounts are paths
+//! of the guest.
+//!
 //! # Streams
 //!
 //! The agent listens on vsock port [`STREAM_PORT`]. The shim connects once for each stream, and the first eight bytes it sends are the
 //! stream's number, a little-endian `u64` that is used only once in the life of a sandbox. The name of a stream in a request is that
 //! number in decimal. Stream and request may arrive in either order. What follows are the plain bytes of standard input, output or
-//! error; the end of the data is the end (half-close) of the stream.
+//! error; the end of the data is the end (half-close) of the stream. That is how standard input is closed: CloseIO adds nothing to it.
 
 #[allow(warnings, clippy::all)]
 mod generated {
@@ -42,6 +48,13 @@ pub const STREAM_PORT: u32 = 1025;
 
 /// Type URL of `CreateTaskRequest.options`: an OCI runtime specification in JSON.
 pub const SPEC_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
+
+/// Type URL of `ExecProcessRequest.spec`: a process of an OCI runtime specification in JSON.
+pub const PROCESS_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+
+/// Type URL of `UpdateTaskRequest.resources`: Linux resources of an OCI runtime specification in JSON.
+pub const RESOURCES_TYPE_URL: &str =
+    "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
 /// Names a disk by its PCI device number (bus 0, function 0), or one of its partitions (counted from 1), as the source of a mount.
 pub fn disk_source(slot: u8, partition: Option<u32>) -> String {
