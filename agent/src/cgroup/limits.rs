@@ -1,0 +1,351 @@
+//! `linux.resources` as the files of a control group, version 2.
+
+use std::io;
+
+use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
+
+use crate::error::{Context, Error};
+
+/// A value to write to a file of the group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Setting {
+    pub file: String,
+    pub value: String,
+}
+
+fn setting(file: &str, value: impl ToString) -> Setting {
+    Setting {
+        file: file.into(),
+        value: value.to_string(),
+    }
+}
+
+fn refused(field: &str) -> Error {
+    Error::InvalidArgument(format!(
+        "linux.resources.{field} cannot be set: control groups of version 2 do not have it"
+    ))
+}
+
+fn refuse(field: &str, present: bool) -> Result<(), Error> {
+    if present { Err(refused(field)) } else { Ok(()) }
+}
+
+/// The settings for limits, in the order in which they are to be written.
+pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Error> {
+    let mut settings = Vec::new();
+    if let Some(memory) = resources.memory() {
+        self::memory(memory, &mut settings)?;
+    }
+    if let Some(cpu) = resources.cpu() {
+        self::cpu(cpu, &mut settings)?;
+    }
+    // As everywhere, 0 says nothing, and a negative number that there is no limit.
+    match resources.pids().as_ref().map(|pids| pids.limit()) {
+        None | Some(0) => {}
+        Some(limit) => settings.push(setting("pids.max", or_max(limit))),
+    }
+    if let Some(block) = resources.block_io() {
+        self::block(block, &mut settings)?;
+    }
+    for limit in resources.hugepage_limits().iter().flatten() {
+        let size = limit.page_size();
+        if size.is_empty() || !size.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+            return Err(Error::InvalidArgument(format!(
+                "linux.resources.hugepageLimits: the page size {size:?} is not one like 2MB"
+            )));
+        }
+        settings.push(setting(
+            &format!("hugetlb.{size}.max"),
+            or_max(limit.limit()),
+        ));
+    }
+    if let Some(network) = resources.network() {
+        refuse(
+            "network.classID",
+            network.class_id().is_some_and(|id| id != 0),
+        )?;
+        let priorities = network.priorities().as_ref();
+        refuse(
+            "network.priorities",
+            priorities.is_some_and(|list| !list.is_empty()),
+        )?;
+    }
+    let rdma = resources.rdma().as_ref();
+    refuse("rdma", rdma.is_some_and(|devices| !devices.is_empty()))?;
+    let unified = resources.unified().iter().flatten();
+    let mut unified: Vec<_> = unified.collect();
+    unified.sort_unstable();
+    for (file, value) in unified {
+        if file.contains('/') || !file.contains('.') {
+            return Err(Error::InvalidArgument(format!(
+                "linux.resources.unified: {file:?} is no file of a control group"
+            )));
+        }
+        settings.extend(value.lines().map(|line| setting(file, line)));
+    }
+    Ok(settings)
+}
+
+/// With `memory.checkBeforeUpdate`, refuses a limit below what is in use.
+pub fn check_usage(
+    resources: &LinuxResources,
+    usage: impl FnOnce() -> io::Result<Option<u64>>,
+) -> Result<(), Error> {
+    let Some(memory) = resources.memory() else {
+        return Ok(());
+    };
+    let limit = memory.limit().and_then(|limit| u64::try_from(limit).ok());
+    if let (Some(true), Some(limit)) = (memory.check_before_update(), limit) {
+        let usage = usage()
+            .context(|| "reading the memory in use".into())?
+            .unwrap_or(0);
+        if usage > limit {
+            return Err(Error::FailedPrecondition(format!(
+                "linux.resources.memory.limit: {usage} bytes are in use, more than {limit}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn or_max(limit: i64) -> String {
+    if limit < 0 {
+        "max".into()
+    } else {
+        limit.to_string()
+    }
+}
+
+fn memory(memory: &LinuxMemory, settings: &mut Vec<Setting>) -> Result<(), Error> {
+    let set = |limit: Option<i64>| limit.is_some_and(|limit| limit > 0);
+    refuse("memory.kernel", set(memory.kernel()))?;
+    refuse("memory.kernelTCP", set(memory.kernel_tcp()))?;
+    refuse("memory.swappiness", memory.swappiness().is_some())?;
+    refuse(
+        "memory.disableOOMKiller",
+        memory.disable_oom_killer() == Some(true),
+    )?;
+    refuse(
+        "memory.useHierarchy=false",
+        memory.use_hierarchy() == Some(false),
+    )?;
+    // 0 has always meant that nothing is said.
+    let limit = memory.limit().filter(|&limit| limit != 0);
+    if let Some(reservation) = memory.reservation().filter(|&value| value != 0) {
+        settings.push(setting("memory.low", or_max(reservation)));
+    }
+    if let Some(limit) = limit {
+        settings.push(setting("memory.max", or_max(limit)));
+    }
+    if let Some(swap) = memory.swap().filter(|&swap| swap != 0) {
+        // The specification's limit is for memory and swap together.
+        let value = match limit {
+            _ if swap < 0 => "max".to_owned(),
+            Some(limit) if limit >= 0 && swap >= limit => (swap - limit).to_string(),
+            Some(limit) => {
+                return Err(Error::InvalidArgument(format!(
+                    "linux.resources.memory.swap is {swap}: it includes the memory limit, which is {limit}"
+                )));
+            }
+            None => {
+                return Err(Error::InvalidArgument(
+                    "linux.resources.memory.swap needs memory.limit, which it includes".into(),
+                ));
+            }
+        };
+        settings.push(setting("memory.swap.max", value));
+    }
+    Ok(())
+}
+
+fn cpu(cpu: &LinuxCpu, settings: &mut Vec<Setting>) -> Result<(), Error> {
+    refuse(
+        "cpu.realtimeRuntime",
+        cpu.realtime_runtime().is_some_and(|runtime| runtime != 0),
+    )?;
+    refuse(
+        "cpu.realtimePeriod",
+        cpu.realtime_period().is_some_and(|period| period != 0),
+    )?;
+    if let Some(idle) = cpu.idle() {
+        settings.push(setting("cpu.idle", idle));
+    }
+    if let Some(shares) = cpu.shares().filter(|&shares| shares != 0) {
+        settings.push(setting("cpu.weight", weight(shares)));
+    }
+    let quota = cpu.quota().filter(|&quota| quota != 0);
+    let period = cpu.period().filter(|&period| period != 0);
+    match (quota, period) {
+        (None, None) => {}
+        (quota, None) => settings.push(setting("cpu.max", or_max(quota.unwrap_or(-1)))),
+        (quota, Some(period)) => {
+            let quota = or_max(quota.unwrap_or(-1));
+            settings.push(setting("cpu.max", format!("{quota} {period}")));
+        }
+    }
+    if let Some(burst) = cpu.burst() {
+        settings.push(setting("cpu.max.burst", burst));
+    }
+    for (file, list) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
+        if let Some(list) = list.as_deref().filter(|list| !list.is_empty()) {
+            settings.push(setting(file, list));
+        }
+    }
+    Ok(())
+}
+
+/// Shares (2 to 262144, 1024 by default) as a weight (1 to 10000, 100 by default), by the mapping that all runtimes use.
+fn weight(shares: u64) -> u64 {
+    let shares = shares.clamp(2, 262_144);
+    1 + (shares - 2) * 9999 / 262_142
+}
+
+fn block(block: &LinuxBlockIo, settings: &mut Vec<Setting>) -> Result<(), Error> {
+    refuse(
+        "blockIO.leafWeight",
+        block.leaf_weight().is_some_and(|weight| weight != 0),
+    )?;
+    if let Some(weight) = block.weight().filter(|&weight| weight != 0) {
+        settings.push(setting(
+            "io.weight",
+            format!("default {}", io_weight(weight)),
+        ));
+    }
+    for device in block.weight_device().iter().flatten() {
+        refuse(
+            "blockIO.weightDevice.leafWeight",
+            device.leaf_weight().is_some_and(|weight| weight != 0),
+        )?;
+        if let Some(weight) = device.weight().filter(|&weight| weight != 0) {
+            let (major, minor) = (device.major(), device.minor());
+            let value = format!("{major}:{minor} {}", io_weight(weight));
+            settings.push(setting("io.weight", value));
+        }
+    }
+    for (name, devices) in [
+        ("rbps", block.throttle_read_bps_device()),
+        ("wbps", block.throttle_write_bps_device()),
+        ("riops", block.throttle_read_iops_device()),
+        ("wiops", block.throttle_write_iops_device()),
+    ] {
+        for device in devices.iter().flatten() {
+            settings.push(throttle(name, device));
+        }
+    }
+    Ok(())
+}
+
+fn throttle(name: &str, device: &LinuxThrottleDevice) -> Setting {
+    let (major, minor) = (device.major(), device.minor());
+    let rate = match device.rate() {
+        0 => "max".to_owned(),
+        rate => rate.to_string(),
+    };
+    setting("io.max", format!("{major}:{minor} {name}={rate}"))
+}
+
+/// A weight of 10 to 1000 as one of 1 to 10000, by the mapping that all runtimes use.
+fn io_weight(weight: u16) -> u64 {
+    1 + (u64::from(weight.clamp(10, 1000)) - 10) * 9999 / 990
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settled(json: &str) -> Result<Vec<(String, String)>, Error> {
+        let settings = settings(&serde_json::from_str(json).unwrap())?;
+        Ok(settings.into_iter().map(|s| (s.file, s.value)).collect())
+    }
+
+    fn is(json: &str, expected: &[(&str, &str)]) {
+        let settled = settled(json).unwrap();
+        let settled: Vec<_> = settled
+            .iter()
+            .map(|(f, v)| (f.as_str(), v.as_str()))
+            .collect();
+        assert_eq!(settled, expected, "{json}");
+    }
+
+    #[test]
+    fn limits_become_files() {
+        is(
+            r#"{"memory":{"limit":100,"swap":150,"reservation":50}}"#,
+            &[
+                ("memory.low", "50"),
+                ("memory.max", "100"),
+                ("memory.swap.max", "50"),
+            ],
+        );
+        is(
+            r#"{"memory":{"limit":-1,"swap":-1,"disableOOMKiller":false}}"#,
+            &[("memory.max", "max"), ("memory.swap.max", "max")],
+        );
+        is(
+            r#"{"cpu":{"shares":1024,"quota":50000,"period":100000,"burst":10,"idle":0,"cpus":"0-1","mems":""}}"#,
+            &[
+                ("cpu.idle", "0"),
+                ("cpu.weight", "39"),
+                ("cpu.max", "50000 100000"),
+                ("cpu.max.burst", "10"),
+                ("cpuset.cpus", "0-1"),
+            ],
+        );
+        is(r#"{"cpu":{"quota":-1}}"#, &[("cpu.max", "max")]);
+        is(r#"{"cpu":{"shares":2}}"#, &[("cpu.weight", "1")]);
+        is(r#"{"cpu":{"shares":262144}}"#, &[("cpu.weight", "10000")]);
+        is(r#"{"pids":{"limit":7}}"#, &[("pids.max", "7")]);
+        is(r#"{"pids":{"limit":-1}}"#, &[("pids.max", "max")]);
+        is(r#"{"pids":{"limit":0}}"#, &[]);
+        is(
+            r#"{"hugepageLimits":[{"pageSize":"2MB","limit":4194304}]}"#,
+            &[("hugetlb.2MB.max", "4194304")],
+        );
+        is(
+            r#"{"blockIO":{"weight":1000,"throttleReadBpsDevice":[{"major":253,"minor":0,"rate":9}]}}"#,
+            &[("io.weight", "default 10000"), ("io.max", "253:0 rbps=9")],
+        );
+        is(
+            r#"{"unified":{"memory.high":"5","io.max":"1:2 rbps=3\n1:3 rbps=4"}}"#,
+            &[
+                ("io.max", "1:2 rbps=3"),
+                ("io.max", "1:3 rbps=4"),
+                ("memory.high", "5"),
+            ],
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_set_is_named() {
+        for (json, named) in [
+            (r#"{"memory":{"swap":150}}"#, "memory.swap"),
+            (r#"{"memory":{"limit":200,"swap":150}}"#, "memory.swap"),
+            (r#"{"memory":{"kernel":1}}"#, "memory.kernel"),
+            (r#"{"memory":{"swappiness":0}}"#, "memory.swappiness"),
+            (
+                r#"{"memory":{"disableOOMKiller":true}}"#,
+                "memory.disableOOMKiller",
+            ),
+            (r#"{"cpu":{"realtimeRuntime":1}}"#, "cpu.realtimeRuntime"),
+            (r#"{"network":{"classID":1}}"#, "network.classID"),
+            (r#"{"rdma":{"mlx5":{"hcaHandles":1}}}"#, "rdma"),
+            (r#"{"unified":{"../x.y":"1"}}"#, "unified"),
+            (
+                r#"{"hugepageLimits":[{"pageSize":"2/MB","limit":1}]}"#,
+                "hugepageLimits",
+            ),
+        ] {
+            let error = settled(json).unwrap_err();
+            assert!(error.to_string().contains(named), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_limit_below_the_usage_is_refused_if_asked() {
+        let checked =
+            |json: &str| check_usage(&serde_json::from_str(json).unwrap(), || Ok(Some(1000)));
+        assert!(checked(r#"{"memory":{"limit":10}}"#).is_ok());
+        assert!(checked(r#"{"memory":{"limit":1000,"checkBeforeUpdate":true}}"#).is_ok());
+        assert!(checked(r#"{"memory":{"limit":999,"checkBeforeUpdate":true}}"#).is_err());
+    }
+}

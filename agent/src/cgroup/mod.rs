@@ -1,0 +1,236 @@
+//! Control groups, version 2: one for each container, with its limits, its devices and its statistics.
+
+pub mod devices;
+pub mod limits;
+mod stats;
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use oci_spec::runtime::LinuxResources;
+use rustix::fs::{Mode, OFlags};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use crate::error::{Context, Error};
+use crate::sys::{self, asynchronous};
+
+/// The controllers that containers are given, as far as the kernel has them.
+const CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "hugetlb", "io", "memory", "pids"];
+
+/// Makes the controllers available to the groups below a directory.
+pub fn delegate(directory: &Path) -> Result<(), Error> {
+    let available = directory.join("cgroup.controllers");
+    let available = fs::read_to_string(&available).context(|| available.display().to_string())?;
+    let wanted: String = available
+        .split_ascii_whitespace()
+        .filter(|name| CONTROLLERS.contains(name))
+        .map(|name| format!("+{name} "))
+        .collect();
+    let control = directory.join("cgroup.subtree_control");
+    fs::write(&control, &wanted).context(|| format!("writing {wanted:?} to {}", control.display()))
+}
+
+/// A container's group. It is removed by [`Cgroup::remove`] only: until then processes may be in it.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+    directory: OwnedFd,
+    device_program: Mutex<Option<OwnedFd>>,
+}
+
+impl Cgroup {
+    /// Where the group of a container is. The prefix keeps identifiers apart from the names of the kernel's files.
+    pub fn path_of(parent: &Path, id: &str) -> PathBuf {
+        parent.join(format!("container-{id}"))
+    }
+
+    /// Makes a group.
+    pub fn create(path: PathBuf) -> Result<Self, Error> {
+        let what = || format!("making the control group {}", path.display());
+        fs::create_dir(&path).context(what)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(&path, flags, Mode::empty()).context(what)?;
+        Ok(Self {
+            path,
+            directory,
+            device_program: Mutex::new(None),
+        })
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its directory, to make processes in it.
+    pub fn directory(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+
+    /// Sets limits. Those that are not mentioned stay as they are.
+    pub fn limit(&self, resources: &LinuxResources) -> Result<(), Error> {
+        limits::check_usage(resources, || self.read_number("memory.current"))?;
+        for limits::Setting { file, value } in limits::settings(resources)? {
+            fs::write(self.path.join(&file), &value)
+                .context(|| format!("setting the limit {file} to {value:?}"))?;
+        }
+        Ok(())
+    }
+
+    /// Sets which devices may be used, in place of what was set before.
+    pub fn allow_devices(&self, rules: &[devices::Rule]) -> Result<(), Error> {
+        let what = || "setting the devices that the container may use".to_owned();
+        let mut attached = self
+            .device_program
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let program = match (devices::program(rules), &*attached) {
+            (None, None) => return Ok(()),
+            // Rules that allow everything take the place of the earlier ones, too.
+            (None, Some(_)) => devices::allow_everything(),
+            (Some(program), _) => program,
+        };
+        let program = sys::load_device_program(&program).context(what)?;
+        let previous = attached.as_ref().map(AsFd::as_fd);
+        sys::attach_device_program(self.directory.as_fd(), program.as_fd(), previous)
+            .context(what)?;
+        *attached = Some(program);
+        Ok(())
+    }
+
+    /// Kills every process in it and in the groups below it.
+    pub fn kill(&self) -> Result<(), Error> {
+        self.write("cgroup.kill", "1")
+    }
+
+    /// The numbers of all processes in it and in the groups below it.
+    pub fn processes(&self) -> Result<Vec<u32>, Error> {
+        let mut numbers = Vec::new();
+        collect(&self.path, &mut numbers)
+            .context(|| format!("listing the processes in {}", self.path.display()))?;
+        Ok(numbers)
+    }
+
+    /// Stops all its processes, or lets them go on, and waits until the kernel says that it is so.
+    pub async fn freeze(&self, frozen: bool) -> Result<(), Error> {
+        let events = Events::open(&self.path, "cgroup.events")?;
+        self.write("cgroup.freeze", if frozen { "1" } else { "0" })?;
+        events.wait_for("frozen", frozen.into()).await
+    }
+
+    /// Waits until no process is left in it, and removes it with all groups below it.
+    pub async fn remove(&self) -> Result<(), Error> {
+        Events::open(&self.path, "cgroup.events")?
+            .wait_for("populated", 0)
+            .await?;
+        remove_tree(&self.path).context(|| format!("removing {}", self.path.display()))
+    }
+
+    /// Watches a file of `name value` lines for changes.
+    pub fn events(&self, file: &str) -> Result<Events, Error> {
+        Events::open(&self.path, file)
+    }
+
+    /// Reads one of its files.
+    pub fn read(&self, file: &str) -> io::Result<String> {
+        fs::read_to_string(self.path.join(file))
+    }
+
+    /// Reads a file that holds one number; none for `max`.
+    pub fn read_number(&self, file: &str) -> io::Result<Option<u64>> {
+        match self.read(file)?.trim_end() {
+            "max" => Ok(None),
+            number => number.parse().map(Some).map_err(io::Error::other),
+        }
+    }
+
+    fn write(&self, file: &str, value: &str) -> Result<(), Error> {
+        let path = self.path.join(file);
+        fs::write(&path, value).context(|| format!("writing {value:?} to {}", path.display()))
+    }
+}
+
+/// A file of a group whose changes the kernel tells.
+#[derive(Debug)]
+pub struct Events {
+    file: AsyncFd<OwnedFd>,
+}
+
+impl Events {
+    fn open(group: &Path, file: &str) -> Result<Self, Error> {
+        let path = group.join(file);
+        let what = || format!("watching {}", path.display());
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let file = rustix::fs::open(&path, flags, Mode::empty()).context(what)?;
+        let file = asynchronous(file, Interest::PRIORITY).context(what)?;
+        Ok(Self { file })
+    }
+
+    /// The value of a line now; 0 if there is no such line.
+    pub fn value(&self, name: &str) -> Result<u64, Error> {
+        let what = || format!("reading {name} of a control group");
+        let mut text = [0; 1024];
+        // Reading from the start is also what makes the next change an event.
+        let length = rustix::io::pread(&self.file, &mut text, 0).context(what)?;
+        let text = std::str::from_utf8(&text[..length]).context(what)?;
+        let lines = text.lines().filter_map(|line| line.split_once(' '));
+        match lines.into_iter().find(|&(key, _)| key == name) {
+            None => Ok(0),
+            Some((_, value)) => value.parse().context(what),
+        }
+    }
+
+    /// Waits for the next change since the last [`Events::value`].
+    pub async fn changed(&self) -> Result<(), Error> {
+        let mut ready = self
+            .file
+            .ready(Interest::PRIORITY)
+            .await
+            .context(|| "waiting for a control group".into())?;
+        ready.clear_ready();
+        Ok(())
+    }
+
+    async fn wait_for(&self, name: &str, wanted: u64) -> Result<(), Error> {
+        while self.value(name)? != wanted {
+            self.changed().await?;
+        }
+        Ok(())
+    }
+}
+
+fn collect(group: &Path, numbers: &mut Vec<u32>) -> io::Result<()> {
+    for line in fs::read_to_string(group.join("cgroup.procs"))?.lines() {
+        numbers.push(line.parse().map_err(io::Error::other)?);
+    }
+    for below in groups_below(group)? {
+        match collect(&below, numbers) {
+            // It was removed meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            other => other?,
+        }
+    }
+    Ok(())
+}
+
+fn remove_tree(group: &Path) -> io::Result<()> {
+    for below in groups_below(group)? {
+        remove_tree(&below)?;
+    }
+    fs::remove_dir(group)
+}
+
+fn groups_below(group: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut below = Vec::new();
+    for entry in fs::read_dir(group)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            below.push(entry.path());
+        }
+    }
+    Ok(below)
+}

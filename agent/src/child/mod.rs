@@ -1,0 +1,318 @@
+//! What a new process of a container does until its program runs.
+//!
+//! Each process begins as a copy of the agent (see [`crate::sys::fork_into`]) and runs the code of this module, so that everything slow
+//! (disks, mounts) happens in it and the agent answers other requests meanwhile. It ends in the program's start or in a report of
+//! the error; it never returns to the agent's code.
+//!
+//! It holds the agent's descriptors, all close-on-exec, and is not dumpable, so no process of the container can reach into it or
+//! through it.
+
+pub mod channel;
+pub mod copy;
+pub mod devices;
+pub mod hooks;
+pub mod mounts;
+pub mod root;
+pub mod search;
+mod start;
+pub mod terminal;
+
+use std::convert::Infallible;
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+
+use oci_spec::runtime::{Hook, LinuxDevice};
+use rustix::fs::{CWD, Gid, Mode, OFlags, Uid};
+use rustix::mount::{MountPropagationFlags, OpenTreeFlags, UnmountFlags};
+
+use crate::error::{Context, Error};
+use crate::oci::Namespaces;
+use crate::oci::mount::Mount;
+use crate::oci::program::Program;
+use crate::oci::root::Root;
+use crate::sys::{self, MountAttributes};
+use channel::Child;
+
+/// A container, in the terms in which it is built.
+#[derive(Debug)]
+pub struct Container {
+    pub id: String,
+    pub namespaces: Namespaces,
+    pub root: Root,
+    /// Where its writable layer lies.
+    pub scratch: PathBuf,
+    /// A directory of the guest that may be mounted on.
+    pub place: PathBuf,
+    /// The directory of its control group.
+    pub cgroup: PathBuf,
+    pub mounts: Vec<Mount>,
+    pub devices: Vec<LinuxDevice>,
+    pub read_only: bool,
+    pub propagation: Option<MountPropagationFlags>,
+    pub hostname: Option<String>,
+    pub domainname: Option<String>,
+    /// Below `/proc/sys`, with slashes.
+    pub sysctls: Vec<(String, String)>,
+    pub masked: Vec<String>,
+    pub read_only_paths: Vec<String>,
+    pub personality: Option<u32>,
+    pub start_hooks: Vec<Hook>,
+    /// What hooks are told of the container, but for the process's number.
+    pub state: serde_json::Value,
+}
+
+/// The standard streams of a process, or none of them for a terminal.
+#[derive(Debug)]
+pub struct Stdio {
+    pub input: OwnedFd,
+    pub output: OwnedFd,
+    pub error: OwnedFd,
+}
+
+/// The init process of a container: builds the container around itself, waits for the order to start, and becomes the program.
+pub fn init(
+    container: &Container,
+    program: &Program,
+    root: Option<OwnedFd>,
+    stdio: Option<Stdio>,
+    channel: &Child,
+) -> ! {
+    end(build(container, program, root, stdio, channel), channel)
+}
+
+/// A further process of a container whose init is `target` (a pidfd): joins its namespaces and becomes the program.
+pub fn exec(
+    container: &Container,
+    program: &Program,
+    target: BorrowedFd<'_>,
+    stdio: Option<Stdio>,
+    channel: &Child,
+) -> ! {
+    end(join(container, program, target, stdio, channel), channel)
+}
+
+/// Mounts a container's root and hands it over: what the init of a container with a user namespace may not do.
+pub fn mount_root(container: &Container, channel: &Child) -> ! {
+    let mounted = || {
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", private).context(|| "making mounts private".into())?;
+        let root = root::mount(&container.root, &container.scratch, &container.place)?;
+        channel.hand_over(root.as_fd())
+    };
+    if let Err(error) = mounted() {
+        channel.failed(&error);
+        sys::exit(1);
+    }
+    sys::exit(0)
+}
+
+fn end(result: Result<Infallible, Error>, channel: &Child) -> ! {
+    let Err(error) = result;
+    channel.failed(&error);
+    sys::exit(1)
+}
+
+fn build(
+    container: &Container,
+    program: &Program,
+    root: Option<OwnedFd>,
+    stdio: Option<Stdio>,
+    channel: &Child,
+) -> Result<Infallible, Error> {
+    begin()?;
+    let has = |flag| container.namespaces.has(flag);
+    let in_user_namespace = has(sys::CLONE_NEWUSER);
+    if in_user_namespace {
+        channel.ask_for_mappings()?;
+        become_root()?;
+    }
+    let keyring = std::ffi::CString::new(format!("_ses.{}", container.id));
+    let keyring = keyring.context(|| "naming the session keyring".into())?;
+    sys::join_session_keyring(&keyring).context(|| "joining a session keyring".into())?;
+    if has(sys::CLONE_NEWCGROUP) {
+        // Only now, inside its group, because the namespace begins where its maker is.
+        sys::unshare(sys::CLONE_NEWCGROUP).context(|| "making a cgroup namespace".into())?;
+    }
+    if has(sys::CLONE_NEWNET) {
+        sys::loopback_up().context(|| "bringing the loopback interface up".into())?;
+    }
+    set_names(container)?;
+    for (path, value) in &container.sysctls {
+        let path = PathBuf::from("/proc/sys").join(path);
+        fs::write(&path, value).context(|| format!("setting {} to {value:?}", path.display()))?;
+    }
+
+    rustix::process::umask(Mode::empty());
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", private).context(|| "making mounts private".into())?;
+    let root = match root {
+        Some(root) => root,
+        None => root::mount(&container.root, &container.scratch, &container.place)?,
+    };
+    let cgroup = (!has(sys::CLONE_NEWCGROUP)).then_some(container.cgroup.as_path());
+    let mounts = container
+        .mounts
+        .iter()
+        .map(|mount| mounts::prepare(mount, cgroup));
+    let mounts: Vec<_> = mounts.collect::<Result<_, _>>()?;
+    let devices = if container.own_devices() {
+        devices::prepare(&container.devices, in_user_namespace)?
+    } else {
+        Vec::new()
+    };
+    let null = null_device()?;
+
+    enter(&root, container)?;
+    for mount in mounts {
+        mount.mount()?;
+    }
+    // The old root stays until now because the kernel lets a user namespace mount /proc only where one can be seen.
+    rustix::mount::unmount(".", UnmountFlags::DETACH)
+        .context(|| "letting the guest's root go".into())?;
+    if container.own_devices() {
+        devices::make(&devices)?;
+    }
+    let terminal = match program.terminal {
+        true => Some(terminal::open(program, true, channel)?),
+        false => None,
+    };
+    if !program.directory.exists() {
+        fs::create_dir_all(&program.directory)
+            .context(|| format!("making the directory {}", program.directory.display()))?;
+    }
+    if container.read_only {
+        let read_only = MountAttributes {
+            set: libc::MOUNT_ATTR_RDONLY,
+            clear: 0,
+        };
+        sys::mount_setattr(root.as_fd(), read_only, false)
+            .context(|| "making the root read-only".into())?;
+    }
+    if let Some(propagation) = container.propagation {
+        rustix::mount::mount_change("/", propagation)
+            .context(|| "setting the root's propagation".into())?;
+    }
+    mounts::make_read_only(&container.read_only_paths)?;
+    mounts::mask(&container.masked, &null)?;
+    if let Some(personality) = container.personality {
+        sys::personality(personality).context(|| "setting the personality".into())?;
+    }
+    connect(terminal, stdio)?;
+    start::start(
+        program,
+        &container.start_hooks,
+        &container.state,
+        Some(channel),
+    )
+}
+
+fn join(
+    container: &Container,
+    program: &Program,
+    target: BorrowedFd<'_>,
+    stdio: Option<Stdio>,
+    channel: &Child,
+) -> Result<Infallible, Error> {
+    begin()?;
+    let keyring = std::ffi::CString::new(format!("_ses.{}", container.id));
+    let keyring = keyring.context(|| "naming the session keyring".into())?;
+    sys::join_session_keyring(&keyring).context(|| "joining a session keyring".into())?;
+    // The agent has arranged that this process was born in the container's PID namespace.
+    let namespaces = container.namespaces.new & !sys::CLONE_NEWPID;
+    sys::setns(target, namespaces).context(|| "entering the container's namespaces".into())?;
+    if container.namespaces.has(sys::CLONE_NEWUSER) {
+        become_root()?;
+    }
+    if let Some(personality) = container.personality {
+        sys::personality(personality).context(|| "setting the personality".into())?;
+    }
+    let terminal = match program.terminal {
+        true => Some(terminal::open(program, false, channel)?),
+        false => None,
+    };
+    connect(terminal, stdio)?;
+    start::start(program, &[], &container.state, None)
+}
+
+/// What every process begins with.
+fn begin() -> Result<(), Error> {
+    sys::reset_signals().context(|| "resetting signals".into())?;
+    rustix::process::setsid().context(|| "beginning a session".into())?;
+    sys::close_on_exec_from_three().context(|| "marking descriptors close-on-exec".into())
+}
+
+/// Takes the identity of root in a user namespace.
+fn become_root() -> Result<(), Error> {
+    let what = || "becoming root in the user namespace".to_owned();
+    rustix::thread::set_thread_res_gid(Gid::ROOT, Gid::ROOT, Gid::ROOT).context(what)?;
+    rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT).context(what)?;
+    match rustix::thread::set_thread_groups(&[]) {
+        // The mapping may forbid setgroups; then no groups can be taken either.
+        Err(rustix::io::Errno::PERM) => Ok(()),
+        other => other.context(what),
+    }
+}
+
+fn set_names(container: &Container) -> Result<(), Error> {
+    if let Some(name) = &container.hostname {
+        rustix::system::sethostname(name.as_bytes())
+            .context(|| format!("setting the host name {name:?}"))?;
+    }
+    if let Some(name) = &container.domainname {
+        rustix::system::setdomainname(name.as_bytes())
+            .context(|| format!("setting the domain name {name:?}"))?;
+    }
+    Ok(())
+}
+
+/// The guest's own null device, as a mount that can be attached: whatever a container's image has at `/dev/null` is not trusted.
+fn null_device() -> Result<OwnedFd, Error> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    rustix::mount::open_tree(CWD, "/dev/null", flags).context(|| "opening /dev/null".into())
+}
+
+/// Makes the mounted root the process's root. The old one stays mounted on top of it, where only "." leads.
+fn enter(root: &OwnedFd, container: &Container) -> Result<(), Error> {
+    let what = || "entering the container's root".to_owned();
+    root::attach(root, &container.place).context(what)?;
+    rustix::process::fchdir(root).context(what)?;
+    rustix::process::pivot_root(".", ".").context(what)
+}
+
+/// Puts a terminal, or the standard streams, at descriptors 0, 1 and 2.
+fn connect(terminal: Option<OwnedFd>, stdio: Option<Stdio>) -> Result<(), Error> {
+    let what = || "connecting the standard streams".to_owned();
+    let (input, output, error) = match (&terminal, &stdio) {
+        (Some(terminal), _) => (terminal, terminal, terminal),
+        (None, Some(stdio)) => (&stdio.input, &stdio.output, &stdio.error),
+        (None, None) => return Err(Error::Failed("a process has no standard streams".into())),
+    };
+    rustix::stdio::dup2_stdin(input).context(what)?;
+    rustix::stdio::dup2_stdout(output).context(what)?;
+    rustix::stdio::dup2_stderr(error).context(what)
+}
+
+impl Container {
+    /// Whether `/dev` is the container's own: a bind mount there brings its own devices.
+    fn own_devices(&self) -> bool {
+        use crate::oci::mount::Kind;
+        !self
+            .mounts
+            .iter()
+            .any(|mount| matches!(mount.kind, Kind::Bind { .. }) && mount.destination == *"/dev")
+    }
+}
+
+/// Reads a small file of the container; none if it does not exist.
+fn read_limited(path: &str, limit: u64) -> std::io::Result<Option<Vec<u8>>> {
+    use std::io::Read;
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file = match rustix::fs::open(path, flags, Mode::empty()) {
+        Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Ok(None),
+        file => fs::File::from(file?),
+    };
+    let mut content = Vec::new();
+    file.take(limit).read_to_end(&mut content)?;
+    Ok(Some(content))
+}

@@ -1,0 +1,217 @@
+//! The mounts of a container, and what of them is hidden or read-only.
+//!
+//! What comes from the guest is opened before the container's root becomes the process's root, everything is mounted after that:
+//! no path of a container, whatever symbolic links it has, can lead out of it.
+
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use rustix::fs::CWD;
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags, fsconfig_create, fsmount, fsopen,
+    mount, mount_change, open_tree,
+};
+
+use super::root::{attach, clone_tree};
+use crate::error::{Context, Error};
+use crate::oci::mount::{Kind, Mount};
+use crate::sys::{MountAttributes, mount_setattr};
+
+/// A mount whose source has been opened, if it has one that must be.
+#[derive(Debug)]
+pub struct Prepared<'a> {
+    mount: &'a Mount,
+    source: Option<OwnedFd>,
+}
+
+/// Opens what a mount takes from the guest. `cgroup` is the directory of the container's control group, for a container without a
+/// cgroup namespace: it sees its own group only, as it would with one.
+pub fn prepare<'a>(mount: &'a Mount, cgroup: Option<&Path>) -> Result<Prepared<'a>, Error> {
+    let what = |source: &Path| {
+        let (source, destination) = (source.display(), mount.destination.display());
+        format!("opening {source} to mount it on {destination}")
+    };
+    let source = match (&mount.kind, cgroup) {
+        (Kind::Bind { source, recursive }, _) => {
+            let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+            if *recursive {
+                flags |= OpenTreeFlags::AT_RECURSIVE;
+            }
+            Some(open_tree(CWD, source, flags).context(|| what(source))?)
+        }
+        (Kind::Cgroup, Some(cgroup)) => Some(clone_tree(cgroup).context(|| what(cgroup))?),
+        (Kind::Cgroup, None) | (Kind::Filesystem { .. }, _) => None,
+    };
+    Ok(Prepared { mount, source })
+}
+
+impl Prepared<'_> {
+    /// Mounts it, now that the container's root is the process's root.
+    pub fn mount(self) -> Result<(), Error> {
+        let destination = self.mount.destination.as_path();
+        let what = || format!("mounting {}", destination.display());
+        let options = &self.mount.options;
+        match (&self.mount.kind, self.source) {
+            (_, Some(source)) => {
+                make_target(destination, is_directory(&source).context(what)?).context(what)?;
+                if options.attributes != MountAttributes::default() {
+                    mount_setattr(source.as_fd(), options.attributes, false).context(what)?;
+                }
+                attach(&source, destination).context(what)?;
+            }
+            (Kind::Filesystem { kind, source }, None) => {
+                if matches!(kind.as_str(), "proc" | "sysfs") {
+                    require_plain_directory(destination)?;
+                }
+                make_target(destination, true).context(what)?;
+                let kept = options.copy_up.then(|| clone_tree(destination));
+                let kept = kept.transpose().context(what)?;
+                new(kind, source, self.mount)?;
+                if let Some(kept) = kept {
+                    super::copy::contents(&kept, destination).context(|| {
+                        format!(
+                            "copying what was at {} into its tmpfs",
+                            destination.display()
+                        )
+                    })?;
+                }
+            }
+            (Kind::Cgroup, None) => {
+                make_target(destination, true).context(what)?;
+                new("cgroup2", "cgroup", self.mount)?;
+            }
+            // prepare() opened it.
+            (Kind::Bind { .. }, None) => {}
+        }
+        if options.recursive != MountAttributes::default() {
+            let mounted =
+                open_tree(CWD, destination, OpenTreeFlags::OPEN_TREE_CLOEXEC).context(what)?;
+            mount_setattr(mounted.as_fd(), options.recursive, true).context(what)?;
+        }
+        for &propagation in &options.propagation {
+            mount_change(destination, propagation).context(what)?;
+        }
+        Ok(())
+    }
+}
+
+fn new(kind: &str, source: &str, entry: &Mount) -> Result<(), Error> {
+    let what = || format!("mounting {kind} on {}", entry.destination.display());
+    let data = std::ffi::CString::new(entry.options.data.join(",")).context(what)?;
+    mount(
+        source,
+        &entry.destination,
+        kind,
+        entry.options.flags,
+        data.as_c_str(),
+    )
+    .context(what)
+}
+
+/// A link at `/proc` or `/sys` would let an image choose where the kernel's files appear, and where not.
+fn require_plain_directory(path: &Path) -> Result<(), Error> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.is_dir() => Err(Error::InvalidArgument(format!(
+            "{} must be a directory in the image, and no link: the kernel's files are mounted on it",
+            path.display()
+        ))),
+        // Not there yet, or whatever the mount itself will say.
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
+
+/// Makes the directory or file that is mounted on, unless it is there.
+fn make_target(path: &Path, directory: bool) -> std::io::Result<()> {
+    if path.exists() {
+        return Ok(());
+    }
+    if directory {
+        return fs::create_dir_all(path);
+    }
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    let mut options = fs::OpenOptions::new();
+    options.write(true).create(true).mode(0o755);
+    options.open(path).map(drop)
+}
+
+fn is_directory(file: impl AsFd) -> rustix::io::Result<bool> {
+    let mode = rustix::fs::fstat(file)?.st_mode;
+    Ok(rustix::fs::FileType::from_raw_mode(mode).is_dir())
+}
+
+/// Covers paths so that nothing of them can be read: a file by `null`, a directory by an empty, read-only one. A path that does not
+/// exist needs no cover.
+pub fn mask(paths: &[String], null: &OwnedFd) -> Result<(), Error> {
+    let mut empty = None;
+    for path in paths.iter().map(Path::new) {
+        let what = || format!("masking {}", path.display());
+        let Some(directory) = exists(path).context(what)? else {
+            continue;
+        };
+        let cover = match (directory, &empty) {
+            (false, _) => clone_of(null),
+            (true, Some(empty)) => clone_of(empty),
+            (true, None) => {
+                let made = empty_directory().context(what)?;
+                let cover = clone_of(&made);
+                empty = Some(made);
+                cover
+            }
+        };
+        attach(&cover.context(what)?, path).context(what)?;
+    }
+    Ok(())
+}
+
+/// Makes paths, with all that is mounted below them, read-only.
+pub fn make_read_only(paths: &[String]) -> Result<(), Error> {
+    for path in paths.iter().map(Path::new) {
+        let what = || format!("making {} read-only", path.display());
+        if exists(path).context(what)?.is_none() {
+            continue;
+        }
+        let tree = clone_tree(path).context(what)?;
+        let read_only = MountAttributes {
+            set: libc::MOUNT_ATTR_RDONLY,
+            clear: 0,
+        };
+        mount_setattr(tree.as_fd(), read_only, true).context(what)?;
+        attach(&tree, path).context(what)?;
+    }
+    Ok(())
+}
+
+/// Whether a path is a directory; none if there is nothing.
+fn exists(path: &Path) -> rustix::io::Result<Option<bool>> {
+    match rustix::fs::stat(path) {
+        Ok(found) => {
+            let kind = rustix::fs::FileType::from_raw_mode(found.st_mode);
+            Ok(Some(kind.is_dir()))
+        }
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// A copy of one mount, to be attached elsewhere.
+pub fn clone_of(mount: &OwnedFd) -> rustix::io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    open_tree(mount, "", flags)
+}
+
+fn empty_directory() -> rustix::io::Result<OwnedFd> {
+    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(&context)?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
+        | MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+}

@@ -1,0 +1,99 @@
+//! Finds a virtio disk by its place on the PCI bus.
+//!
+//! A disk may have been attached a moment ago: if the kernel does not know it yet the bus is scanned again, and if its driver is still at work
+//! the kernel's events are waited for. This blocks, so it runs in a container's own process.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, netlink};
+
+use crate::error::{Context, Error};
+
+/// The device node of the disk in a slot of bus 0, or of one of its partitions.
+pub fn node(slot: u8, partition: Option<u32>) -> Result<PathBuf, Error> {
+    let device = PathBuf::from(format!("/sys/bus/pci/devices/0000:00:{slot:02x}.0"));
+    let name = || match partition {
+        Some(partition) => format!("partition {partition} of the disk in PCI slot {slot}"),
+        None => format!("the disk in PCI slot {slot}"),
+    };
+    if let Some(node) = find(&device, partition).context(name)? {
+        return Ok(node);
+    }
+    // Events are listened to before the second look, so that none is missed.
+    let events = kernel_events().context(|| "listening to the kernel's device events".into())?;
+    if !device.exists() {
+        fs::write("/sys/bus/pci/rescan", "1").context(|| "scanning the PCI bus".into())?;
+    }
+    loop {
+        if let Some(node) = find(&device, partition).context(name)? {
+            return Ok(node);
+        }
+        if !device.exists() {
+            return Err(Error::NotFound(format!(
+                "{}: there is no device in that slot",
+                name()
+            )));
+        }
+        rustix::net::recv(&events, &mut [0u8; 4096], RecvFlags::empty())
+            .context(|| format!("waiting for {}", name()))?;
+    }
+}
+
+/// The node, as soon as the kernel has made the disk; a partition that the disk does not have is an error, because the
+/// partitions are read before the disk appears.
+fn find(device: &Path, partition: Option<u32>) -> io::Result<Option<PathBuf>> {
+    let Some(virtio) = child(device, |name| name.starts_with("virtio"))? else {
+        return Ok(None);
+    };
+    let Some(disk) = child(&virtio.join("block"), |_| true)? else {
+        return Ok(None);
+    };
+    let Some(disk_name) = disk.file_name() else {
+        return Ok(None);
+    };
+    let node = Path::new("/dev").join(disk_name);
+    let Some(partition) = partition else {
+        return Ok(Some(node));
+    };
+    let mut part = node.into_os_string();
+    part.push(partition.to_string());
+    let part = PathBuf::from(part);
+    if part.exists() {
+        Ok(Some(part))
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            "the disk has no such partition",
+        ))
+    }
+}
+
+/// The first entry of a directory whose name is wanted; none if there is no such directory.
+fn child(directory: &Path, wanted: impl Fn(&str) -> bool) -> io::Result<Option<PathBuf>> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().to_str().is_some_and(&wanted) {
+            return Ok(Some(entry.path()));
+        }
+    }
+    Ok(None)
+}
+
+fn kernel_events() -> io::Result<OwnedFd> {
+    let socket = rustix::net::socket_with(
+        AddressFamily::NETLINK,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        Some(netlink::KOBJECT_UEVENT),
+    )?;
+    // Group 1 is the kernel's.
+    rustix::net::bind(&socket, &netlink::SocketAddrNetlink::new(0, 1))?;
+    Ok(socket)
+}

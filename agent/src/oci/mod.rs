@@ -1,0 +1,214 @@
+//! The OCI runtime specification: read, checked, and brought into the terms of the kernel before a process is made.
+//!
+//! A field is either carried out here, or it is the host's business (listed at [`check_spec`]), or the request is refused with an error that
+//! names it. Nothing is ignored silently, a field that the specification does not know included.
+
+pub mod capability;
+pub mod mount;
+pub mod program;
+pub mod root;
+pub mod seccomp;
+
+use oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxResources, Process, Spec};
+use serde::de::DeserializeOwned;
+
+use crate::error::Error;
+use crate::sys;
+
+/// Reads a container's `config.json`.
+pub fn parse_spec(json: &[u8]) -> Result<Spec, Error> {
+    let spec: Spec = parse("config.json", json)?;
+    check_spec(&spec)?;
+    Ok(spec)
+}
+
+/// Reads the process of an exec.
+pub fn parse_process(json: &[u8]) -> Result<Process, Error> {
+    let process: Process = parse("process", json)?;
+    check_process(&process)?;
+    Ok(process)
+}
+
+/// Reads the resources of an update.
+pub fn parse_resources(json: &[u8]) -> Result<LinuxResources, Error> {
+    parse("resources", json)
+}
+
+fn parse<T: DeserializeOwned>(what: &str, json: &[u8]) -> Result<T, Error> {
+    let mut unknown = None;
+    let mut deserializer = serde_json::Deserializer::from_slice(json);
+    let parsed = serde_ignored::deserialize(&mut deserializer, |path| {
+        // An optional field shows as a step of its own, written as a question mark.
+        unknown.get_or_insert_with(|| path.to_string().replace(".?", ""));
+    });
+    let parsed = parsed
+        .and_then(|parsed| deserializer.end().map(|()| parsed))
+        .map_err(|error| Error::InvalidArgument(format!("{what} does not parse: {error}")))?;
+    match unknown {
+        None => Ok(parsed),
+        Some(path) => Err(refused(&format!("{what}: {path}"))),
+    }
+}
+
+/// The error for a field that asks for what this runtime does not do.
+fn refused(field: &str) -> Error {
+    Error::InvalidArgument(format!(
+        "{field} is not supported in a microVM: remove it from the container's specification"
+    ))
+}
+
+fn refuse(field: &str, present: bool) -> Result<(), Error> {
+    if present { Err(refused(field)) } else { Ok(()) }
+}
+
+/// Refuses what cannot be carried out.
+///
+/// These fields belong to the host and pass unread: `ociVersion`, `root.path`, `annotations`, `linux.cgroupsPath`, and of `hooks`
+/// all whose program is a file of the host, which is every kind but `startContainer`.
+fn check_spec(spec: &Spec) -> Result<(), Error> {
+    refuse("solaris", spec.solaris().is_some())?;
+    refuse("windows", spec.windows().is_some())?;
+    refuse("vm", spec.vm().is_some())?;
+    refuse("zos", spec.zos().is_some())?;
+    refuse("uidMappings", spec.uid_mappings().is_some())?;
+    refuse("gidMappings", spec.gid_mappings().is_some())?;
+    match spec.process() {
+        Some(process) => check_process(process)?,
+        None => return Err(Error::InvalidArgument("process is missing".into())),
+    }
+    match spec.linux() {
+        Some(linux) => check_linux(linux),
+        None => Err(Error::InvalidArgument("linux is missing".into())),
+    }
+}
+
+fn check_linux(linux: &Linux) -> Result<(), Error> {
+    refuse("linux.netDevices", linux.net_devices().is_some())?;
+    refuse("linux.intelRdt", linux.intel_rdt().is_some())?;
+    refuse("linux.memoryPolicy", linux.memory_policy().is_some())?;
+    refuse("linux.mountLabel", is_set(linux.mount_label()))?;
+    if let Some(personality) = linux.personality() {
+        let flags = personality.flags().as_ref();
+        refuse(
+            "linux.personality.flags",
+            flags.is_some_and(|f| !f.is_empty()),
+        )?;
+    }
+    Ok(())
+}
+
+fn check_process(process: &Process) -> Result<(), Error> {
+    refuse("process.commandLine", process.command_line().is_some())?;
+    refuse(
+        "process.execCPUAffinity",
+        process.exec_cpu_affinity().is_some(),
+    )?;
+    refuse("process.selinuxLabel", is_set(process.selinux_label()))?;
+    refuse("process.user.username", is_set(process.user().username()))?;
+    let profile = process.apparmor_profile().as_deref().unwrap_or_default();
+    refuse(
+        "process.apparmorProfile",
+        !matches!(profile, "" | "unconfined"),
+    )
+}
+
+fn is_set(text: &Option<String>) -> bool {
+    text.as_deref().is_some_and(|text| !text.is_empty())
+}
+
+/// The namespaces of a container: those in `new` are its own, all others are the sandbox's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Namespaces {
+    /// `CLONE_NEW*`.
+    pub new: i32,
+}
+
+impl Namespaces {
+    /// Reads `linux.namespaces`. An entry without a path is a namespace of the container's own. A network, IPC, UTS, PID or cgroup
+    /// namespace that has a path (a file of the host, which stands for the pod's) or no entry is the sandbox's.
+    pub fn new(linux: &Linux) -> Result<Self, Error> {
+        let mut new = 0;
+        for namespace in linux.namespaces().iter().flatten() {
+            let (name, flag) = match namespace.typ() {
+                LinuxNamespaceType::Mount => ("mount", sys::CLONE_NEWNS),
+                LinuxNamespaceType::Cgroup => ("cgroup", sys::CLONE_NEWCGROUP),
+                LinuxNamespaceType::Uts => ("uts", sys::CLONE_NEWUTS),
+                LinuxNamespaceType::Ipc => ("ipc", sys::CLONE_NEWIPC),
+                LinuxNamespaceType::User => ("user", sys::CLONE_NEWUSER),
+                LinuxNamespaceType::Pid => ("pid", sys::CLONE_NEWPID),
+                LinuxNamespaceType::Network => ("network", sys::CLONE_NEWNET),
+                LinuxNamespaceType::Time => ("time", sys::CLONE_NEWTIME),
+            };
+            if new & flag != 0 {
+                return Err(Error::InvalidArgument(format!(
+                    "linux.namespaces has two entries of type {name}"
+                )));
+            }
+            let shared = namespace
+                .path()
+                .as_ref()
+                .is_some_and(|path| !path.as_os_str().is_empty());
+            if !shared {
+                new |= flag;
+            } else if flag & (sys::CLONE_NEWNS | sys::CLONE_NEWUSER | sys::CLONE_NEWTIME) != 0 {
+                return Err(refused(&format!(
+                    "linux.namespaces: the path of a {name} namespace"
+                )));
+            }
+        }
+        if new & sys::CLONE_NEWNS == 0 {
+            return Err(Error::InvalidArgument(
+                "linux.namespaces has no entry of type mount: a container needs a mount namespace"
+                    .into(),
+            ));
+        }
+        Ok(Self { new })
+    }
+
+    /// Whether the container has a namespace of its own of this kind.
+    pub fn has(self, flag: i32) -> bool {
+        self.new & flag != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(json: &str) -> String {
+        parse_spec(json.as_bytes()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn an_unknown_field_is_named() {
+        let json = r#"{"ociVersion":"1.0.2","process":{"user":{},"cwd":"/","shiny":1},"linux":{}}"#;
+        assert!(error(json).contains("process.shiny"), "{}", error(json));
+    }
+
+    #[test]
+    fn an_unsupported_field_is_named() {
+        let json = r#"{"ociVersion":"1.0.2","process":{"user":{},"cwd":"/","selinuxLabel":"x"},"linux":{}}"#;
+        assert!(error(json).contains("process.selinuxLabel"));
+        let json = r#"{"ociVersion":"1.0.2","process":{"user":{},"cwd":"/"},"linux":{"memoryPolicy":{"mode":"MPOL_BIND"}}}"#;
+        assert!(error(json).contains("linux.memoryPolicy"));
+    }
+
+    #[test]
+    fn namespaces_are_new_or_the_sandboxes() {
+        let linux: Linux = serde_json::from_str(
+            r#"{"namespaces":[{"type":"mount"},{"type":"pid"},{"type":"network","path":"/proc/1/ns/net"}]}"#,
+        )
+        .unwrap();
+        let namespaces = Namespaces::new(&linux).unwrap();
+        assert_eq!(namespaces.new, sys::CLONE_NEWNS | sys::CLONE_NEWPID);
+        for bad in [
+            r#"{"namespaces":[{"type":"pid"}]}"#,
+            r#"{"namespaces":[{"type":"mount","path":"/x"}]}"#,
+            r#"{"namespaces":[{"type":"mount"},{"type":"user","path":"/x"}]}"#,
+            r#"{"namespaces":[{"type":"mount"},{"type":"mount"}]}"#,
+        ] {
+            let linux: Linux = serde_json::from_str(bad).unwrap();
+            assert!(Namespaces::new(&linux).is_err(), "{bad}");
+        }
+    }
+}

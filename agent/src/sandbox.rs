@@ -1,0 +1,87 @@
+//! The Sandbox service: what the shim asks of the guest as a whole.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::MountFlags;
+use rustix::time::{ClockId, Timespec, clock_settime};
+use ttrpc::r#async::TtrpcContext;
+
+use crate::agent::Agent;
+use crate::error::{Context, Error};
+use crate::protocol::sandbox::{NextOomRequest, NextOomResponse, SetupRequest, SetupResponse};
+use crate::protocol::sandbox_ttrpc::Sandbox;
+use crate::{disk, sys};
+
+/// The service.
+#[derive(Debug, Clone)]
+pub struct SandboxService {
+    agent: Arc<Agent>,
+}
+
+impl SandboxService {
+    /// The service for a sandbox.
+    pub fn new(agent: Arc<Agent>) -> Self {
+        Self { agent }
+    }
+
+    fn set_up(&self, request: &SetupRequest) -> Result<(), Error> {
+        if !request.hostname.is_empty() {
+            rustix::system::sethostname(request.hostname.as_bytes())
+                .context(|| format!("setting the host name {:?}", request.hostname))?;
+        }
+        if request.unix_nanos > 0 {
+            let time = Timespec {
+                tv_sec: request.unix_nanos / 1_000_000_000,
+                tv_nsec: request.unix_nanos % 1_000_000_000,
+            };
+            clock_settime(ClockId::Realtime, time).context(|| "setting the clock".into())?;
+        }
+        if !request.entropy.is_empty() {
+            let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+            let random = rustix::fs::open("/dev/urandom", flags, Mode::empty());
+            let random = random.context(|| "opening /dev/urandom".into())?;
+            sys::add_entropy(random, &request.entropy).context(|| "adding entropy".into())?;
+        }
+        if request.scratch_slot > 0 {
+            mount_scratch(request.scratch_slot, &self.agent.paths.run.join("scratch"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Mounts the scratch disk, unless an earlier call has.
+fn mount_scratch(slot: u32, place: &Path) -> Result<(), Error> {
+    let what = || format!("mounting the scratch disk in PCI slot {slot}");
+    let slot = u8::try_from(slot).ok().filter(|&slot| slot < 32);
+    let slot = slot.ok_or_else(|| Error::InvalidArgument(format!("{}: no such slot", what())))?;
+    let device = |path: &Path| rustix::fs::stat(path).map(|found| found.st_dev);
+    let above = place.parent().unwrap_or(place);
+    if device(place).context(what)? != device(above).context(what)? {
+        return Ok(());
+    }
+    let node = disk::node(slot, None)?;
+    rustix::mount::mount(&node, place, "ext4", MountFlags::NOATIME, None).context(what)
+}
+
+#[async_trait]
+impl Sandbox for SandboxService {
+    async fn setup(&self, _: &TtrpcContext, request: SetupRequest) -> ttrpc::Result<SetupResponse> {
+        self.set_up(&request)?;
+        let mut response = SetupResponse::new();
+        response.agent_version = env!("CARGO_PKG_VERSION").into();
+        Ok(response)
+    }
+
+    async fn next_oom(
+        &self,
+        _: &TtrpcContext,
+        _: NextOomRequest,
+    ) -> ttrpc::Result<NextOomResponse> {
+        let mut response = NextOomResponse::new();
+        response.container_id = self.agent.kills.next().await?;
+        Ok(response)
+    }
+}

@@ -1,0 +1,208 @@
+//! Makes the processes of containers.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use crate::agent::{Agent, Owner};
+use crate::cgroup::Cgroup;
+use crate::child;
+use crate::child::channel::{self, Parent, Report};
+use crate::container::Container;
+use crate::error::{Context, Error};
+use crate::plan::{Mappings, Plan, TimeOffset, write_time_offsets};
+use crate::process::Process;
+use crate::stdio;
+use crate::sys::{self, Fork};
+
+impl Agent {
+    /// Makes the init of a container and waits until it is ready for its start.
+    pub(crate) async fn make_init(
+        &self,
+        plan: &Plan,
+        process: &Arc<Process>,
+        cgroup: &Cgroup,
+    ) -> Result<Parent, Error> {
+        let container = &plan.container;
+        let root = match container.namespaces.has(sys::CLONE_NEWUSER) {
+            true => Some(self.mount_root(container).await?),
+            false => None,
+        };
+        let (parent, end) = channel::pair()?;
+        let owner = plan.mappings.user(process.program.uid.as_raw());
+        let (stdio, relays) = stdio::prepare(process, owner, self.null())?;
+        // The cgroup namespace is made by the process itself, when it is in its group.
+        let new = container.namespaces.new & !(sys::CLONE_NEWCGROUP | sys::CLONE_NEWTIME);
+        let time = container.namespaces.has(sys::CLONE_NEWTIME);
+        let fork = self.in_new_time(time.then_some(plan.time_offsets.as_slice()), || {
+            sys::fork_into(new, Some(cgroup.directory())).context(|| "making a process".into())
+        })?;
+        match fork {
+            Fork::Child => child::init(container, &process.program, root, stdio, &end),
+            Fork::Parent(pid, descriptor) => {
+                let owner = Owner::Unborn(process.clone());
+                self.born(process, pid, descriptor, owner);
+                relays.start(process, &self.streams);
+            }
+        }
+        // Its end is the process's alone now: that it is closed means something.
+        drop(end);
+        adjust_oom_score(process)?;
+        self.until_ready(&parent, process, &plan.mappings).await?;
+        Ok(parent)
+    }
+
+    /// Mounts a root that the container's own user namespace could not mount, in a process of its own that then ends.
+    async fn mount_root(&self, container: &child::Container) -> Result<OwnedFd, Error> {
+        let (parent, end) = channel::pair()?;
+        let fork = sys::fork_into(sys::CLONE_NEWNS, None);
+        match fork.context(|| "making a process to mount the root".into())? {
+            Fork::Child => child::mount_root(container, &end),
+            Fork::Parent(..) => drop(end),
+        }
+        match parent.report().await? {
+            Report::Descriptor(root) => Ok(root),
+            Report::Failed(error) => Err(error),
+            Report::NeedsMappings | Report::Ready | Report::Gone => Err(Error::Failed(
+                "the process that mounts the root has ended without a result".into(),
+            )),
+        }
+    }
+
+    async fn until_ready(
+        &self,
+        channel: &Parent,
+        process: &Arc<Process>,
+        mappings: &Mappings,
+    ) -> Result<(), Error> {
+        loop {
+            match channel.report().await? {
+                Report::NeedsMappings => {
+                    mappings.write(process.pid())?;
+                    channel.go_on()?;
+                }
+                Report::Descriptor(terminal) => {
+                    stdio::connect_terminal(process, terminal, &self.streams)?;
+                }
+                Report::Ready => return Ok(()),
+                Report::Failed(error) => return Err(cannot_run(error)),
+                Report::Gone => {
+                    return Err(Error::Failed(
+                        "the container's first process was killed while it was made".into(),
+                    ));
+                }
+            }
+        }
+    }
+
+    /// Waits until a process has started its program.
+    pub(crate) async fn until_started(
+        &self,
+        channel: &Parent,
+        process: &Arc<Process>,
+    ) -> Result<(), Error> {
+        loop {
+            match channel.report().await? {
+                Report::Descriptor(terminal) => {
+                    stdio::connect_terminal(process, terminal, &self.streams)?;
+                }
+                // The start of its program has closed its end, as its death would have.
+                Report::Gone => return Ok(()),
+                Report::Failed(error) => return Err(cannot_run(error)),
+                Report::NeedsMappings | Report::Ready => {
+                    return Err(Error::Failed(
+                        "a process reports what has no meaning now".into(),
+                    ));
+                }
+            }
+        }
+    }
+
+    /// Makes a further process of a container, which starts its program without further order.
+    pub(crate) fn make_exec(
+        &self,
+        container: &Arc<Container>,
+        process: &Arc<Process>,
+    ) -> Result<Parent, Error> {
+        let id = &container.built.id;
+        let target = container.init.descriptor().ok_or_else(|| {
+            Error::FailedPrecondition(format!("container {id:?} has no first process"))
+        })?;
+        let (parent, end) = channel::pair()?;
+        let owner = container.mappings.user(process.program.uid.as_raw());
+        let (stdio, relays) = stdio::prepare(process, owner, self.null())?;
+        let own = container.built.namespaces.has(sys::CLONE_NEWPID);
+        let fork = self.in_pid_namespace(own.then_some(&target), || {
+            sys::fork_into(0, Some(container.cgroup.directory()))
+        });
+        match fork.context(|| format!("making a process in container {id:?}"))? {
+            Fork::Child => {
+                let target = target.as_fd();
+                child::exec(&container.built, &process.program, target, stdio, &end)
+            }
+            Fork::Parent(pid, descriptor) => {
+                container.exec_made();
+                let owner = Owner::Member(container.clone(), process.clone());
+                self.born(process, pid, descriptor, owner);
+                relays.start(process, &self.streams);
+            }
+        }
+        drop(end);
+        adjust_oom_score(process)?;
+        Ok(parent)
+    }
+
+    /// Runs `make` so that the child it makes is born in the PID namespace of `target`.
+    fn in_pid_namespace(
+        &self,
+        target: Option<&Arc<OwnedFd>>,
+        make: impl FnOnce() -> std::io::Result<Fork>,
+    ) -> std::io::Result<Fork> {
+        let Some(target) = target else { return make() };
+        sys::setns(target.as_fd(), sys::CLONE_NEWPID)?;
+        let made = make();
+        if !matches!(made, Ok(Fork::Child)) {
+            sys::setns(self.pid_namespace(), sys::CLONE_NEWPID)?;
+        }
+        made
+    }
+
+    /// Runs `make` so that the child it makes is born in a new time namespace, if offsets are given, with these.
+    fn in_new_time(
+        &self,
+        offsets: Option<&[TimeOffset]>,
+        make: impl FnOnce() -> Result<Fork, Error>,
+    ) -> Result<Fork, Error> {
+        let what = || "making a time namespace".to_owned();
+        let Some(offsets) = offsets else {
+            return make();
+        };
+        let own = rustix::fs::open(
+            "/proc/self/ns/time",
+            rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC,
+            rustix::fs::Mode::empty(),
+        );
+        let own = own.context(what)?;
+        sys::unshare(sys::CLONE_NEWTIME).context(what)?;
+        let made = write_time_offsets(offsets).and_then(|()| make());
+        if !matches!(made, Ok(Fork::Child)) {
+            sys::setns(own.as_fd(), sys::CLONE_NEWTIME).context(what)?;
+        }
+        made
+    }
+}
+
+fn adjust_oom_score(process: &Process) -> Result<(), Error> {
+    match process.program.oom_score_adjustment {
+        None => Ok(()),
+        Some(score) => {
+            let path = format!("/proc/{}/oom_score_adj", process.pid());
+            std::fs::write(&path, score.to_string())
+                .context(|| format!("setting process.oomScoreAdj to {score}"))
+        }
+    }
+}
+
+/// Says what an error of a process's own means for the request, in the words that container tools look for.
+fn cannot_run(error: Error) -> Error {
+    Error::Failed(format!("unable to start container process: {error}"))
+}

@@ -1,0 +1,165 @@
+//! How containers come and go.
+
+use std::io::Write;
+
+use ttrpc::Code;
+
+use bulkhead_agent::protocol::sandbox::SetupRequest;
+
+use crate::guest::{Guest, all, bind, context, process, spec, status};
+
+pub async fn a_container_runs_and_its_output_and_exit_code_arrive(guest: &Guest) {
+    let outcome = guest.shell("echo out; echo err >&2; exit 7").await;
+    assert_eq!(
+        (
+            outcome.status,
+            outcome.output.as_str(),
+            outcome.error.as_str()
+        ),
+        (7, "out\n", "err\n")
+    );
+}
+
+pub async fn a_missing_program_fails_create_in_the_expected_words(guest: &Guest) {
+    for (name, words) in [
+        (
+            "none",
+            r#"exec: "none": executable file not found in $PATH"#,
+        ),
+        (
+            "/none",
+            r#"exec: "/none": stat /none: no such file or directory"#,
+        ),
+        ("/etc/passwd", r#"exec: "/etc/passwd": permission denied"#),
+    ] {
+        let streams = guest.streams(false);
+        let root = [bind(&guest.root())];
+        let created = guest
+            .create("missing", &spec(&[name]), &root, &streams, false)
+            .await;
+        let (code, message) = status(created);
+        assert_eq!(code, Code::UNKNOWN);
+        assert!(message.ends_with(words), "{message}");
+        // Nothing is left of it, so the name is free.
+        assert_eq!(status(guest.state("missing", "").await).0, Code::NOT_FOUND);
+    }
+}
+
+pub async fn input_reaches_the_program_and_ends(guest: &Guest) {
+    let mut streams = guest.streams(false);
+    let root = [bind(&guest.root())];
+    guest
+        .create("cat", &spec(&["cat"]), &root, &streams, false)
+        .await
+        .unwrap();
+    // Before the start already.
+    streams
+        .input
+        .as_mut()
+        .unwrap()
+        .write_all(b"hello ")
+        .unwrap();
+    guest.start("cat", "").await.unwrap();
+    streams.input.take().unwrap().write_all(b"world").unwrap();
+    assert_eq!(guest.wait("cat", "").await.unwrap(), 0);
+    assert_eq!(all(streams.output.take()), "hello world");
+    guest.delete("cat", "").await.unwrap();
+}
+
+pub async fn a_container_is_killed(guest: &Guest) {
+    let streams = guest.streams(false);
+    let root = [bind(&guest.root())];
+    guest
+        .create("killed", &spec(&["sleep", "1000"]), &root, &streams, false)
+        .await
+        .unwrap();
+    guest.start("killed", "").await.unwrap();
+    assert_eq!(
+        status(guest.delete("killed", "").await).0,
+        Code::FAILED_PRECONDITION
+    );
+    guest
+        .kill("killed", "", libc::SIGKILL, false)
+        .await
+        .unwrap();
+    assert_eq!(guest.wait("killed", "").await.unwrap(), 137);
+    let (code, message) = status(guest.kill("killed", "", libc::SIGKILL, true).await);
+    assert_eq!(
+        (code, message.as_str()),
+        (Code::NOT_FOUND, "process already finished")
+    );
+    assert_eq!(guest.delete("killed", "").await.unwrap().exit_status, 137);
+    assert_eq!(status(guest.wait("killed", "").await).0, Code::NOT_FOUND);
+}
+
+pub async fn an_exec_runs_beside_the_init_and_ends_before_it(guest: &Guest) {
+    let streams = guest.streams(false);
+    let root = [bind(&guest.root())];
+    let sleep = spec(&["sleep", "1000"]);
+    guest
+        .create("beside", &sleep, &root, &streams, false)
+        .await
+        .unwrap();
+    let mut exec = guest.streams(false);
+    let echo = process(&["sh", "-c", "echo $$ $(hostname); exit 3"]);
+    // Only a running container has execs.
+    let early = guest.exec("beside", "e", &echo, &exec, false).await;
+    assert_eq!(status(early).0, Code::FAILED_PRECONDITION);
+    guest.start("beside", "").await.unwrap();
+    guest
+        .exec("beside", "e", &echo, &exec, false)
+        .await
+        .unwrap();
+    let twice = guest.exec("beside", "e", &echo, &exec, false).await;
+    assert_eq!(status(twice).0, Code::ALREADY_EXISTS);
+    let unstarted = guest.kill("beside", "e", libc::SIGTERM, false).await;
+    assert_eq!(status(unstarted).0, Code::FAILED_PRECONDITION);
+    guest.start("beside", "e").await.unwrap();
+    assert_eq!(guest.wait("beside", "e").await.unwrap(), 3);
+    assert_eq!(all(exec.output.take()), "2 inside\n");
+    assert_eq!(guest.delete("beside", "e").await.unwrap().exit_status, 3);
+
+    let missing = guest.streams(false);
+    guest
+        .exec("beside", "m", &process(&["none"]), &missing, false)
+        .await
+        .unwrap();
+    let (code, message) = status(guest.start("beside", "m").await);
+    assert_eq!(code, Code::UNKNOWN);
+    assert!(
+        message.ends_with(r#"exec: "none": executable file not found in $PATH"#),
+        "{message}"
+    );
+    guest.delete("beside", "m").await.unwrap();
+
+    let last = guest.streams(false);
+    guest
+        .exec("beside", "l", &process(&["sleep", "1000"]), &last, false)
+        .await
+        .unwrap();
+    guest.start("beside", "l").await.unwrap();
+    guest
+        .kill("beside", "", libc::SIGKILL, false)
+        .await
+        .unwrap();
+    let (first, then) = tokio::join!(guest.wait("beside", "l"), async {
+        let init = guest.wait("beside", "").await;
+        // The exec's exit was told before.
+        (init, guest.state("beside", "l").await.unwrap().exit_status)
+    });
+    assert_eq!((first.unwrap(), then.0.unwrap(), then.1), (137, 137, 137));
+    guest.delete("beside", "").await.unwrap();
+}
+
+/// The last test: the connection of the others is gone after it.
+pub async fn the_agent_connects_again(guest: &Guest) {
+    let again = guest.host.try_clone().unwrap();
+    guest.disconnect();
+    let guest = Guest::connect(&guest.directory, again).await;
+    let response = guest
+        .sandbox
+        .setup(context(), &SetupRequest::new())
+        .await
+        .unwrap();
+    assert_eq!(response.agent_version, env!("CARGO_PKG_VERSION"));
+}
