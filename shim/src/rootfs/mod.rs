@@ -26,6 +26,7 @@ use std::path::{Path, PathBuf};
 use bulkhead_agent::protocol::disk_source;
 use containerd_shim_protos::api::Mount;
 use tokio::task::JoinSet;
+use ttrpc::Code;
 
 use crate::config::Config;
 use crate::disk::DiskFiles;
@@ -262,6 +263,30 @@ pub enum Error {
         path: PathBuf,
         source: io::Error,
     },
+}
+
+impl Error {
+    /// The gRPC code by which clients tell errors apart.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Missing(_) => Code::NOT_FOUND,
+            Self::InUse(_) | Self::Writable(_) | Self::Tool { .. } => Code::FAILED_PRECONDITION,
+            Self::NoDisk(_) | Self::Length { .. } | Self::TooManyLayers { .. } => {
+                Code::INVALID_ARGUMENT
+            }
+            Self::Plan(plan::Error::Invalid { .. }) => Code::INVALID_ARGUMENT,
+            Self::Plan(plan::Error::Unsupported(_) | plan::Error::Option { .. }) => {
+                Code::UNIMPLEMENTED
+            }
+            Self::Full { .. } | Self::NearlyFull { .. } => Code::RESOURCE_EXHAUSTED,
+            Self::Tree(tree::Error::MountPoint(_) | tree::Error::Xattr { .. }) => {
+                Code::UNIMPLEMENTED
+            }
+            Self::Tree(tree::Error::Io { .. }) | Self::Image { .. } | Self::Io { .. } => {
+                Code::INTERNAL
+            }
+        }
+    }
 }
 
 /// Makes an [`Error::Io`] of a system call's failure.
