@@ -4,6 +4,7 @@ pub mod annotations;
 pub mod args;
 pub mod bootstrap;
 pub mod cgroup;
+pub mod check;
 pub mod config;
 pub mod console;
 pub mod container;

@@ -122,7 +122,7 @@ impl Step {
     pub(super) fn remedy(self) -> &'static str {
         match self {
             Self::PrivateMounts | Self::MountRoot | Self::PivotRoot | Self::DetachHost => {
-                "the shim must run as root of the host, with CAP_SYS_ADMIN and without a security profile that forbids mounts"
+                "the shim must run as root of the host, with CAP_SYS_ADMIN, without a security profile that forbids mounts, and on a host whose root is not the initial RAM file system"
             }
             Self::BoundingSet | Self::Identity | Self::Limits | Self::Capabilities => {
                 "the shim must run as root of the host with all capabilities"
