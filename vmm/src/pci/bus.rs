@@ -58,6 +58,9 @@ pub enum Error {
     /// There is nothing to detach.
     #[error("PCI slot {0} holds no device that could be detached")]
     NoDevice(u8),
+    /// The guest has not let go of it.
+    #[error("the guest uses the device in PCI slot {0}; it must remove the device first")]
+    InUse(u8),
 }
 
 /// The bus. All methods may be called from any thread.
@@ -94,6 +97,10 @@ impl Bus {
     }
 
     /// Puts a function on the bus and returns its slot (the device number on bus 0; the function number is 0).
+    ///
+    /// # Errors
+    ///
+    /// There is no slot left, or no room for the function's memory.
     pub fn attach(&self, function: Arc<dyn Function>) -> Result<u8, Error> {
         let mut slots = self.write_slots();
         let number = slots
@@ -116,23 +123,31 @@ impl Bus {
     }
 
     /// Takes the function off the bus and waits until it has stopped.
+    ///
+    /// # Errors
+    ///
+    /// There is none, it is the host bridge, or the guest uses it. Should the guest begin to use it at this very moment, it
+    /// has to do with half a device.
     pub fn detach(&self, number: u8) -> Result<(), Error> {
-        if number == 0 {
-            return Err(Error::NoDevice(number));
+        let index = match number {
+            0 => return Err(Error::NoDevice(number)),
+            number => usize::from(number),
+        };
+        let function = self.function(index).ok_or(Error::NoDevice(number))?;
+        if function.is_in_use() {
+            return Err(Error::InUse(number));
         }
-        let slot = {
+        {
             let mut slots = self.write_slots();
-            let slot = slots
-                .get_mut(usize::from(number))
-                .and_then(Option::take)
-                .ok_or(Error::NoDevice(number))?;
-            if slot.decoded.is_some() {
-                slot.function.moved(None);
+            if let Some(Slot {
+                decoded: Some(_), ..
+            }) = slots[index].take()
+            {
+                function.moved(None);
             }
             self.settle(&mut slots);
-            slot
-        };
-        slot.function.removed();
+        }
+        function.removed();
         Ok(())
     }
 
@@ -206,7 +221,8 @@ impl Bus {
 
     fn function(&self, number: usize) -> Option<Arc<dyn Function>> {
         let slots = self.read_slots();
-        slots[number].as_ref().map(|slot| slot.function.clone())
+        let slot = slots.get(number)?.as_ref()?;
+        Some(slot.function.clone())
     }
 
     /// The function that answers at an address, and the offset in its memory.

@@ -47,6 +47,11 @@ pub trait Function: Debug + Send + Sync {
     /// The guest writes to the function's memory. `offset + data.len()` is within it.
     fn memory_write(&self, offset: u64, data: &[u8]);
 
+    /// Whether a driver in the guest uses the function, so that taking it away would hang what waits for it there.
+    fn is_in_use(&self) -> bool {
+        false
+    }
+
     /// The function was taken off the bus: it stops what it does and lets go of what it holds. Accesses that were
     /// under way may still arrive afterwards.
     fn removed(&self) {}

@@ -104,6 +104,11 @@ impl Common {
         self.queue_select = 0;
     }
 
+    /// Whether no driver has begun to use the device since it was reset.
+    pub fn is_reset(&self) -> bool {
+        self.status == Status::default()
+    }
+
     /// The features that driver and device have agreed upon.
     pub fn features(&self) -> u64 {
         self.features

@@ -33,6 +33,23 @@ impl Probe {
         self.active.lock().unwrap().is_some()
     }
 
+    /// Uses a buffer of the first queue.
+    fn interrupt(&self) {
+        let mut active = self.active.lock().unwrap();
+        let activation = active.as_mut().unwrap();
+        let ring = activation.rings[0].as_mut().unwrap();
+        ring.push(&activation.ram, 0, 0).unwrap();
+        ring.signal(&activation.ram).unwrap();
+    }
+
+    fn break_ring(&self) {
+        let active = self.active.lock().unwrap();
+        active.as_ref().unwrap().rings[0]
+            .as_ref()
+            .unwrap()
+            .set_broken();
+    }
+
     fn kicks(&self, queue: usize) -> u64 {
         self.queues[queue].kick.read().unwrap_or(0)
     }
@@ -345,13 +362,7 @@ fn interrupts_arrive_unless_they_are_masked_and_then_later() {
     driver.set_status(15);
     queue.add(&[(0x20_0000, 16, WRITE)]);
     queue.add(&[(0x20_0000, 16, WRITE)]);
-    let interrupt = || {
-        let mut active = probe.active.lock().unwrap();
-        let activation = active.as_mut().unwrap();
-        let ring = activation.rings[0].as_mut().unwrap();
-        ring.push(&activation.ram, 0, 0).unwrap();
-        ring.signal(&activation.ram).unwrap();
-    };
+    let interrupt = || probe.interrupt();
     let pending = || driver.read_u32(driver.pending);
     let control =
         |bits: u16| machine.config_write(driver.slot, driver.msix + 2, &bits.to_le_bytes());
@@ -407,8 +418,15 @@ fn interrupts_arrive_unless_they_are_masked_and_then_later() {
     driver.write(driver.table + 16 + 8, &[0x67, 0, 0, 0, 1, 0, 0, 0]);
     interrupt();
     assert_eq!(pending(), 1 << 1);
-    // Gone, it interrupts nobody, and its routes can be had again.
+    // Not while the guest uses it.
+    let error = machine.bus.detach(driver.slot).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the guest uses the device in PCI slot 1; it must remove the device first"
+    );
+    driver.set_status(0);
     machine.bus.detach(driver.slot).unwrap();
+    // Gone, its routes can be had again.
     drop(driver);
     assert_eq!(machine.routes.allocate().unwrap(), 24);
 }
@@ -507,20 +525,10 @@ fn the_interrupt_status_is_cleared_by_reading_it() {
     let driver = machine.attach(probe.clone());
     driver.set_status(0);
     driver.negotiate(VERSION_1);
-    let queue = driver.set_up_queue_without_vector(0, QUEUES, VERSION_1);
-    machine
-        .ram
-        .write_obj(0u16, GuestAddress(queue.avail))
-        .unwrap();
+    driver.set_up_queue_without_vector(0, QUEUES, VERSION_1);
     driver.set_status(15);
-    {
-        let mut active = probe.active.lock().unwrap();
-        let activation = active.as_mut().unwrap();
-        let ring = activation.rings[0].as_mut().unwrap();
-        ring.push(&activation.ram, 0, 0).unwrap();
-        ring.signal(&activation.ram).unwrap();
-        ring.set_broken();
-    }
+    probe.interrupt();
+    probe.break_ring();
     let isr = || {
         let mut isr = [0];
         driver.read(driver.isr, &mut isr);
@@ -529,4 +537,47 @@ fn the_interrupt_status_is_cleared_by_reading_it() {
     assert_eq!(isr(), 3);
     assert_eq!(isr(), 0);
     assert_eq!(driver.status(), 15 | 0x40);
+}
+
+/// Section 2.7.7: what the driver asks for with and without the event index.
+#[test]
+fn a_driver_is_interrupted_as_often_as_it_wants() {
+    let machine = Machine::default();
+    let probe = Probe::new();
+    let driver = machine.attach(probe.clone());
+    driver.negotiate(VERSION_1);
+    let queue = driver.set_up_queue(0, QUEUES, VERSION_1);
+    driver.set_status(15);
+    for (flags, interrupts) in [(0u16, 1), (1, 0), (0, 1), (0xfffe, 1), (0xffff, 0)] {
+        machine
+            .ram
+            .write_obj(flags, GuestAddress(queue.avail))
+            .unwrap();
+        probe.interrupt();
+        assert_eq!(driver.interrupts(1), interrupts, "{flags:#x}");
+    }
+    driver.set_status(0);
+    driver.negotiate(VERSION_1 | EVENT_IDX);
+    let queue = driver.set_up_queue(0, QUEUES, VERSION_1 | EVENT_IDX);
+    driver.set_status(15);
+    let event = GuestAddress(queue.avail + 4 + u64::from(queue.size) * 2);
+    // The interrupt is for the used buffer with this number, and the first one has number 0.
+    for (wanted, interrupts) in [
+        (0u16, 1),
+        (0, 0),
+        (2, 1),
+        (5, 0),
+        (5, 0),
+        (5, 1),
+        (5, 0),
+        (0xffff, 0),
+    ] {
+        machine.ram.write_obj(wanted, event).unwrap();
+        machine
+            .ram
+            .write_obj(1u16, GuestAddress(queue.avail))
+            .unwrap();
+        probe.interrupt();
+        assert_eq!(driver.interrupts(1), interrupts, "{wanted}");
+    }
 }

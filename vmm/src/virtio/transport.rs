@@ -282,6 +282,11 @@ impl Function for Transport {
         self.write(offset, data);
     }
 
+    /// Between a driver's first step and its reset.
+    fn is_in_use(&self) -> bool {
+        !self.lock_common().is_reset()
+    }
+
     fn removed(&self) {
         self.reset(&mut self.lock_common());
     }
