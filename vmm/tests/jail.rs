@@ -183,7 +183,7 @@ fn a_running_vmm_has_the_descriptors_that_it_was_given_and_made() {
     for (name, value) in [
         ("Max core file size", "1"),
         ("Max open files", "8192"),
-        ("Max processes", "128"),
+        ("Max processes", "256"),
     ] {
         let line = limits.lines().find(|line| line.starts_with(name)).unwrap();
         let values: Vec<&str> = line[name.len()..].split_whitespace().collect();

@@ -31,8 +31,8 @@ pub(super) const LIMITS: [(libc::__rlimit_resource_t, u64); 5] = [
     (libc::RLIMIT_CORE, 1),
     // Extents of disks, streams, and the event descriptors of 31 devices.
     (libc::RLIMIT_NOFILE, 8192),
-    // Processors, and one or two threads for each device. Counted per user: the user is this machine's alone.
-    (libc::RLIMIT_NPROC, 128),
+    // 32 processors, and 4 queues of 31 disks with a thread each. Counted per user: the user is this machine's alone.
+    (libc::RLIMIT_NPROC, 256),
     (libc::RLIMIT_MEMLOCK, 0),
     (libc::RLIMIT_MSGQUEUE, 0),
 ];

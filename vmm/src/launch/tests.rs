@@ -215,7 +215,7 @@ fn it_has_limits_a_session_and_no_environment() {
     for (name, value) in [
         ("Max core file size", "1"),
         ("Max open files", "8192"),
-        ("Max processes", "128"),
+        ("Max processes", "256"),
         ("Max locked memory", "0"),
         ("Max msgqueue size", "0"),
         ("Max file size", "unlimited"),
