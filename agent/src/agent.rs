@@ -166,6 +166,8 @@ impl Agent {
         let started = self.until_started(&channel, &process).await;
         drop(starting);
         if started.is_err() {
+            // It is about to end; after this answer it has ended, and may be deleted.
+            process.wait().await;
             self.forget_streams(&process);
         }
         started.map(|()| process)

@@ -23,8 +23,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use oci_spec::runtime::{Hook, LinuxDevice};
-use rustix::fs::{CWD, Gid, Mode, OFlags, Uid};
-use rustix::mount::{MountPropagationFlags, OpenTreeFlags, UnmountFlags};
+use rustix::fs::{Gid, Mode, OFlags, Uid};
+use rustix::mount::{MountPropagationFlags, UnmountFlags};
 
 use crate::error::{Context, Error};
 use crate::oci::Namespaces;
@@ -167,9 +167,6 @@ fn build(
     for mount in mounts {
         mount.mount()?;
     }
-    // The old root stays until now because the kernel lets a user namespace mount /proc only where one can be seen.
-    rustix::mount::unmount(".", UnmountFlags::DETACH)
-        .context(|| "letting the guest's root go".into())?;
     if container.own_devices() {
         devices::make(&devices)?;
     }
@@ -195,6 +192,9 @@ fn build(
     }
     mounts::make_read_only(&container.read_only_paths)?;
     mounts::mask(&container.masked, &null)?;
+    // Not earlier: a user namespace may mount /proc only where another can be seen, and masks are copies of the guest's null device.
+    rustix::mount::unmount(".", UnmountFlags::DETACH)
+        .context(|| "letting the guest's root go".into())?;
     if let Some(personality) = container.personality {
         sys::personality(personality).context(|| "setting the personality".into())?;
     }
@@ -266,10 +266,10 @@ fn set_names(container: &Container) -> Result<(), Error> {
     Ok(())
 }
 
-/// The guest's own null device, as a mount that can be attached: whatever a container's image has at `/dev/null` is not trusted.
+/// The guest's own null device: whatever a container's image has at `/dev/null` is not trusted.
 fn null_device() -> Result<OwnedFd, Error> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    rustix::mount::open_tree(CWD, "/dev/null", flags).context(|| "opening /dev/null".into())
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::open("/dev/null", flags, Mode::empty()).context(|| "opening /dev/null".into())
 }
 
 /// Makes the mounted root the process's root. The old one stays mounted on top of it, where only "." leads.

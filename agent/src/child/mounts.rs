@@ -145,7 +145,7 @@ fn is_directory(file: impl AsFd) -> rustix::io::Result<bool> {
 }
 
 /// Covers paths so that nothing of them can be read: a file by `null`, a directory by an empty, read-only one. A path that does not
-/// exist needs no cover.
+/// exist needs no cover. `null` must lie in a mount of this namespace.
 pub fn mask(paths: &[String], null: &OwnedFd) -> Result<(), Error> {
     let mut empty = None;
     for path in paths.iter().map(Path::new) {
@@ -154,16 +154,15 @@ pub fn mask(paths: &[String], null: &OwnedFd) -> Result<(), Error> {
             continue;
         };
         let cover = match (directory, &empty) {
-            (false, _) => clone_of(null),
-            (true, Some(empty)) => clone_of(empty),
-            (true, None) => {
-                let made = empty_directory().context(what)?;
-                let cover = clone_of(&made);
-                empty = Some(made);
-                cover
-            }
+            (false, _) => clone_of(null).context(what)?,
+            (true, Some(empty)) => clone_of(empty).context(what)?,
+            (true, None) => empty_directory().context(what)?,
         };
-        attach(&cover.context(what)?, path).context(what)?;
+        attach(&cover, path).context(what)?;
+        // Once attached it can be copied for others.
+        if directory && empty.is_none() {
+            empty = Some(cover);
+        }
     }
     Ok(())
 }
@@ -198,7 +197,7 @@ fn exists(path: &Path) -> rustix::io::Result<Option<bool>> {
     }
 }
 
-/// A copy of one mount, to be attached elsewhere.
+/// A copy of what a descriptor refers to, which must lie in a mount of this namespace, to be attached elsewhere.
 pub fn clone_of(mount: &OwnedFd) -> rustix::io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC

@@ -35,17 +35,22 @@ pub struct Guest {
     next: AtomicU64,
 }
 
-/// Starts an agent; the caller must have one thread only. Returns the number of its process.
-pub fn start(directory: &Path) -> rustix::process::Pid {
+/// Makes the control group of the agent's containers.
+pub fn group() -> PathBuf {
     let root = if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
         "/sys/fs/cgroup"
     } else {
         "/sys/fs/cgroup/unified"
     };
-    let group = Path::new(root).join(format!("bulkhead-test-{}", std::process::id()));
+    let group = Path::new(root).join(format!("bulkhead-agent-test-{}", std::process::id()));
     std::fs::create_dir_all(&group).unwrap();
     cgroup::delegate(Path::new(root)).unwrap();
     cgroup::delegate(&group).unwrap();
+    group
+}
+
+/// Starts an agent; the caller must have one thread only. Returns the number of its process.
+pub fn start(directory: &Path, group: PathBuf) -> rustix::process::Pid {
     let own = sys::CLONE_NEWPID | sys::CLONE_NEWNS | sys::CLONE_NEWUTS | sys::CLONE_NEWIPC;
     match sys::fork_into(own, None).unwrap() {
         Fork::Parent(pid, _) => pid,
@@ -66,6 +71,11 @@ fn run(directory: &Path, group: PathBuf) {
         MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
     )
     .unwrap();
+    // A root that another can take the place of, which an initramfs is not.
+    let root = bulkhead_agent::child::root::clone_tree(Path::new("/")).unwrap();
+    bulkhead_agent::child::root::attach(&root, Path::new("/")).unwrap();
+    rustix::process::fchdir(&root).unwrap();
+    rustix::process::chroot(".").unwrap();
     mount("proc", "/proc", "proc", MountFlags::empty(), None).unwrap();
     let run = directory.join("run");
     std::fs::create_dir(&run).unwrap();

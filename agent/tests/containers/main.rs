@@ -49,7 +49,8 @@ fn main() {
     let mut arguments = std::env::args().skip(1);
     let filter = arguments.find(|argument| !argument.starts_with("--"));
     let wanted = |name: &str| filter.as_deref().is_none_or(|filter| name.contains(filter));
-    let directory = std::env::temp_dir().join(format!("bulkhead-test-{}", std::process::id()));
+    let name = format!("bulkhead-agent-test-{}", std::process::id());
+    let directory = std::env::temp_dir().join(name);
     std::fs::create_dir(&directory).unwrap();
     let busybox = ["/bin/busybox", "/usr/bin/busybox", "/busybox"];
     let busybox = busybox
@@ -61,17 +62,31 @@ fn main() {
     )
     .unwrap();
     let host = UnixListener::bind(directory.join("host")).unwrap();
-    let agent = guest::start(&directory);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    let count = runtime.block_on(async {
-        let guest = Guest::connect(&directory, host).await;
-        run_all(&guest, wanted).await
+    let group = guest::group();
+    let agent = guest::start(&directory, group.clone());
+    let tests = std::panic::AssertUnwindSafe(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let guest = Guest::connect(&directory, host).await;
+            run_all(&guest, wanted).await
+        })
     });
+    let result = std::panic::catch_unwind(tests);
+    // Its containers end with it; the kernel has reaped them before its own end is told.
     rustix::process::kill_process(agent, rustix::process::Signal::KILL).unwrap();
     rustix::process::waitpid(Some(agent), rustix::process::WaitOptions::empty()).unwrap();
     std::fs::remove_dir_all(&directory).unwrap();
-    println!("{count} tests passed");
+    for container in std::fs::read_dir(&group).unwrap().map(Result::unwrap) {
+        if container.file_type().unwrap().is_dir() {
+            std::fs::remove_dir(container.path()).unwrap();
+        }
+    }
+    std::fs::remove_dir(&group).unwrap();
+    match result {
+        Ok(count) => println!("{count} tests passed"),
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
 }
