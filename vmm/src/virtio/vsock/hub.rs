@@ -79,6 +79,7 @@ impl Hub {
     #[cfg(test)]
     pub fn count(&self) -> usize {
         assert!(self.by_ports.len() <= self.streams.len());
+        assert!(self.queue.len() <= self.streams.len());
         self.streams.len()
     }
 
@@ -360,6 +361,10 @@ impl Hub {
         };
         let blocked = stream.is_blocked();
         if stream.phase == Phase::Draining && !blocked {
+            // A guest that gives no room to be answered in must not make this list longer and longer.
+            if stream.queued {
+                self.queue.retain(|&waiting| waiting != token);
+            }
             if self.by_ports.get(&stream.ports) == Some(&token) {
                 self.by_ports.remove(&stream.ports);
             }

@@ -912,6 +912,21 @@ fn there_is_a_most_of_streams() {
 }
 
 #[test]
+fn streams_of_a_guest_that_takes_no_answers_leave_nothing() {
+    let machine = Machine::default();
+    let mut rig = Rig::new(&machine, 0);
+    for port in 0..100 {
+        let peer = Peer::new(PORT, port);
+        rig.send(&peer.header(Operation::Request), &[]);
+        rig.send(&peer.header(Operation::Reset), &[]);
+    }
+    assert_eq!(rig.opened.len(), 100);
+    assert_eq!(rig.streams(), 0);
+    rig.give(1);
+    rig.expect_nothing();
+}
+
+#[test]
 fn streams_take_turns() {
     let machine = Machine::default();
     let mut rig = Rig::new(&machine, 128);
