@@ -17,6 +17,10 @@ use crate::virtio::{Broken, Buffers, Chain, Ring};
 /// The most streams at a time, in whatever phase.
 pub const MAX_STREAMS: usize = 1023;
 
+/// The most of them that the guest has opened. It needs one, to the shim; each can hold [`super::stream::BUFFER`] bytes of the
+/// host's memory, and as much again in its socket.
+pub const MAX_FROM_GUEST: usize = 32;
+
 /// Resets that wait for room in the guest. When there are more, nothing is taken from the guest until it makes room
 /// (section 5.10.6.1.1 calls for such a limit).
 pub const MAX_RESETS: usize = 256;
@@ -302,7 +306,11 @@ impl Hub {
 
     /// The guest opens a stream.
     fn accept(&mut self, ports: Ports, header: &Header) {
-        let pair = if self.allowed.contains(&ports.host) && self.streams.len() < MAX_STREAMS {
+        let from_guest = self.streams.values().filter(|stream| stream.from_guest);
+        let pair = if self.allowed.contains(&ports.host)
+            && self.streams.len() < MAX_STREAMS
+            && from_guest.count() < MAX_FROM_GUEST
+        {
             socketpair(
                 AddressFamily::Unix,
                 SockType::Stream,

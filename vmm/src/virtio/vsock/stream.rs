@@ -51,6 +51,8 @@ pub struct Violation;
 #[derive(Debug)]
 pub struct Stream {
     pub ports: Ports,
+    /// The guest has opened it.
+    pub from_guest: bool,
     pub phase: Phase,
     /// Waits for its turn to send to the guest.
     pub queued: bool,
@@ -107,6 +109,7 @@ impl Stream {
     pub fn new(socket: OwnedFd, guest_cid: u64, ports: Ports, request: Option<&Header>) -> Self {
         let mut stream = Self {
             ports,
+            from_guest: request.is_some(),
             phase: Phase::New,
             queued: false,
             watched: false,

@@ -8,6 +8,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::hub::MAX_FROM_GUEST;
 use super::packet::{HEADER, HOST_CID, Header, Operation, TYPE_STREAM};
 use super::stream::BUFFER;
 use super::*;
@@ -892,22 +893,33 @@ fn there_is_a_most_of_streams() {
     let machine = Machine::default();
     let mut rig = Rig::new(&machine, 32);
     let mut streams = Vec::new();
-    for port in 0..MAX_STREAMS as u32 - 1 {
-        streams.push(rig.open(port));
+    for port in 0..MAX_FROM_GUEST as u32 {
+        streams.push(rig.open(port).1);
     }
-    let (host, device) = UnixStream::pair().unwrap();
-    rig.vsock.connect(9000, device.into()).unwrap();
-    rig.expect(Operation::Request);
     let peer = Peer::new(PORT, 5000);
     rig.send(&peer.header(Operation::Request), &[]);
     rig.expect(Operation::Reset);
+    drop(streams.pop());
+    rig.expect(Operation::Shutdown);
+    rig.send(&peer.header(Operation::Request), &[]);
+    rig.expect(Operation::Reset);
+    let last = Peer::new(PORT, MAX_FROM_GUEST as u32 - 1);
+    rig.send(&last.header(Operation::Reset), &[]);
+    streams.push(rig.open(5000).1);
+    for _ in MAX_FROM_GUEST..MAX_STREAMS {
+        let (host, device) = UnixStream::pair().unwrap();
+        rig.vsock.connect(9000, device.into()).unwrap();
+        rig.expect(Operation::Request);
+        streams.push(host);
+    }
     let (_other, device) = UnixStream::pair().unwrap();
     let error = rig.vsock.connect(9000, device.into()).unwrap_err();
     assert!(matches!(error, Error::TooManyStreams), "{error}");
     assert_eq!(rig.streams(), MAX_STREAMS);
-    drop(host);
+    drop(streams.pop());
     rig.expect(Operation::Reset);
-    rig.open(5000);
+    let (_other, device) = UnixStream::pair().unwrap();
+    rig.vsock.connect(9000, device.into()).unwrap();
     assert_eq!(rig.streams(), MAX_STREAMS);
 }
 
