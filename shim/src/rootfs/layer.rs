@@ -56,7 +56,11 @@ impl Cache {
             let write = |file: &File| cache.write(&layer, file);
             match &layer.name {
                 Some(name) => cache.get(name, &layer.directory, &layer.path, write),
-                None => cache.reopen(&cache.unnamed(write)?),
+                None => {
+                    let path = layer.path.display();
+                    log::info!("{path} is no snapshot: building an image for this container alone");
+                    cache.reopen(&cache.unnamed(write)?)
+                }
             }
         })
         .await

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 
 use tempfile::{NamedTempFile, TempDir};
 
-use super::testing::{Loop, Mounted, assert_same, content, fill, run, see};
+use super::testing::{Loop, Mounted, assert_same, content, fill, run, see, set_xattr};
 use super::*;
 
 /// A host: containerd's snapshots, and the configuration of a shim.
@@ -101,16 +101,7 @@ async fn the_layers_of_an_overlay_show_what_they_show_under_runc() {
     fs::write(changes.join("size-2048"), "replaced").unwrap();
     fs::create_dir(changes.join("many")).unwrap();
     fs::write(changes.join("many/only"), "one").unwrap();
-    run(
-        "setfattr",
-        &[
-            "-n",
-            "trusted.overlay.opaque",
-            "-v",
-            "y",
-            path(&changes.join("many")),
-        ],
-    );
+    set_xattr(&changes.join("many"), "trusted.overlay.opaque", b"y");
     let mounts = vec![overlay(&[&changes, &base], Some(&upper))];
     let (disks, mounts) = host.prepare(mounts).await.unwrap().into_parts();
 
