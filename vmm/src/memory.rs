@@ -8,14 +8,11 @@
 //! 0x1_0000_0000 ┼ RAM beyond the first 3 GiB
 //! ```
 
-use std::fs::File;
+use std::io;
+use std::ptr::null_mut;
 
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::unistd::ftruncate;
-use vm_memory::mmap::FromRangesError;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap};
 
 /// The guest's memory, as devices see it. Cloning it clones references.
 pub type GuestRam = GuestMemoryMmap<()>;
@@ -47,63 +44,81 @@ pub const KVM_TSS: u64 = 0xfffb_d000;
 /// Where the RAM beyond [`LOW_RAM_END`] continues: 4 GiB.
 pub const HIGH_RAM_START: u64 = 4 << 30;
 
+/// The size of a large page, to which a range's place in the process is aligned like its place in the guest.
+const LARGE_PAGE: usize = 2 << 20;
+
 /// Why there is no guest memory.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot {operation} a memfd for {mib} MiB of guest memory: {source}")]
-    System {
-        operation: &'static str,
+    #[error("cannot map {mib} MiB of guest memory: {source}; lower memory_mib")]
+    Map { mib: u32, source: io::Error },
+    #[error("cannot describe the mapping of {mib} MiB of guest memory: {source}")]
+    Region { mib: u32, source: MmapRegionError },
+    #[error("cannot lay out {mib} MiB of guest memory: {source}")]
+    Layout {
         mib: u32,
-        source: Errno,
+        source: GuestRegionCollectionError,
     },
-    #[error("cannot map {mib} MiB of guest memory: {source}")]
-    Map { mib: u32, source: FromRangesError },
 }
 
-/// Makes the guest's memory: a memfd whose size is sealed, so that no holder of the descriptor can turn an access into
-/// a bus error by shrinking it.
+/// Makes the guest's memory: private to the process, empty until it is used, and in large pages where the host has them.
+///
+/// Large pages are what counts: each page that the guest touches first is an exit, and a kernel touches most of what it
+/// starts with. The kernel gives them to private memory by default, to files in memory (memfd) only where the
+/// administrator has asked for that.
+///
+/// The mapping stays until the process ends, whoever still holds the result.
 ///
 /// # Errors
 ///
-/// The host refuses the file or its mapping.
+/// The process has no room for the mapping.
 pub fn create(mib: u32) -> Result<GuestRam, Error> {
-    let system = |operation| {
-        move |source| Error::System {
-            operation,
-            mib,
-            source,
-        }
-    };
-    let bytes = u64::from(mib) * MIB;
-    let file = File::from(
-        memfd_create(
-            c"guest memory",
-            MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
-        )
-        .map_err(system("make"))?,
-    );
-    ftruncate(
-        &file,
-        bytes
-            .try_into()
-            .map_err(|_| Errno::EFBIG)
-            .map_err(system("size"))?,
-    )
-    .map_err(system("size"))?;
-    let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
-    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(system("seal"))?;
+    let regions = ranges(u64::from(mib) * MIB)
+        .into_iter()
+        .map(|(start, length)| {
+            let length = length as usize;
+            let address = map(length).map_err(|source| Error::Map { mib, source })?;
+            let builder = MmapRegionBuilder::new(length)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(MAP_FLAGS);
+            // SAFETY: the mapping is there, has this length, and is never unmapped.
+            let region = unsafe { builder.with_raw_mmap_pointer(address) }
+                .build()
+                .map_err(|source| Error::Region { mib, source })?;
+            GuestRegionMmap::new(region, start).ok_or(Error::Layout {
+                mib,
+                source: GuestRegionCollectionError::MemoryRegionOverlap,
+            })
+        })
+        .collect::<Result<_, _>>()?;
+    GuestRam::from_regions(regions).map_err(|source| Error::Layout { mib, source })
+}
 
-    let low = FileOffset::new(file, 0);
-    let high = FileOffset::from_arc(low.arc().clone(), LOW_RAM_END);
-    let ranges = ranges(bytes);
-    let files = [low, high];
-    GuestRam::from_ranges_with_files(
-        ranges
-            .iter()
-            .zip(files)
-            .map(|(&(start, length), file)| (start, length as usize, Some(file))),
-    )
-    .map_err(|source| Error::Map { mib, source })
+const MAP_FLAGS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+
+/// Maps `length` bytes at a multiple of the large page's size.
+fn map(length: usize) -> io::Result<*mut u8> {
+    let room = length
+        .checked_add(LARGE_PAGE)
+        .ok_or(io::ErrorKind::OutOfMemory)?;
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing that is there.
+    let start = unsafe { libc::mmap(null_mut(), room, prot, MAP_FLAGS, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let before = start.align_offset(LARGE_PAGE);
+    let aligned = start.wrapping_byte_add(before);
+    // SAFETY: before and behind the aligned part, and within the mapping just made, which nobody uses yet. Both
+    // lengths are multiples of the page's size, and an empty one is an error without effect.
+    unsafe {
+        libc::munmap(start, before);
+        libc::munmap(aligned.wrapping_byte_add(length), LARGE_PAGE - before);
+    }
+    // SAFETY: the call speaks of the mapping just made, and changes neither its content nor its place. A host without large
+    // pages refuses, and everything works all the same.
+    unsafe { libc::madvise(aligned, length, libc::MADV_HUGEPAGE) };
+    Ok(aligned.cast())
 }
 
 /// Where `bytes` of RAM are in the guest's address space, as start and length: one range, or two around the devices'
@@ -118,20 +133,19 @@ pub fn ranges(bytes: u64) -> Vec<(GuestAddress, u64)> {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+    use vm_memory::{Bytes, GuestMemoryBackend};
 
     use super::*;
 
     #[test]
-    fn small_memory_is_one_range_and_sealed() {
+    fn memory_ends_where_it_should_and_is_aligned() {
         let ram = create(3).unwrap();
         assert_eq!(ram.num_regions(), 1);
         assert_eq!(ram.last_addr(), GuestAddress(3 * MIB - 1));
         ram.write_obj(0x5au8, GuestAddress(3 * MIB - 1)).unwrap();
         assert!(ram.write_obj(0x5au8, GuestAddress(3 * MIB)).is_err());
-        let file = ram.iter().next().unwrap().file_offset().unwrap();
-        assert_eq!(ftruncate(file.file(), 0), Err(Errno::EPERM));
-        assert_eq!(ftruncate(file.file(), 4 << 20), Err(Errno::EPERM));
+        let host = ram.get_host_address(GuestAddress(0)).unwrap();
+        assert_eq!(host.align_offset(LARGE_PAGE), 0);
     }
 
     #[test]
@@ -148,7 +162,6 @@ mod tests {
         let high = GuestAddress(HIGH_RAM_START + MIB - 1);
         ram.write_obj(1u8, high).unwrap();
         assert!(ram.write_obj(1u8, GuestAddress(LOW_RAM_END)).is_err());
-        // The high range is the part of the file behind the low range, not the same part again.
-        assert_eq!(ram.read_obj::<u8>(GuestAddress(MIB - 1)).unwrap(), 0);
+        assert_eq!(ram.read_obj::<u8>(high).unwrap(), 1);
     }
 }
