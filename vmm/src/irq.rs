@@ -1,18 +1,19 @@
 //! Interrupt routes: the table by which KVM turns a global system interrupt number (GSI) into an interrupt.
 //!
 //! KVM replaces the table as a whole, so there is one owner of it. GSIs 0 to 23 are the pins of the interrupt controllers
-//! that KVM emulates, of which the serial port's is the only one in use; above them, each MSI-X vector of a device has one.
+//! that KVM emulates, of which the serial port's on the first 8259 is the only one in use; above them, each MSI-X vector of a
+//! device has one.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_PIC_MASTER, KvmIrqRouting,
+    kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
 };
 use kvm_ioctls::VmFd;
 
-/// The serial port's pin, on the I/O APIC and on the first 8259, and its GSI: the PC's IRQ 4.
+/// The serial port's pin on the first 8259, and its GSI: the PC's IRQ 4.
 pub const SERIAL_GSI: u32 = 4;
 
 /// The first GSI that is no pin: an I/O APIC has 24.
@@ -111,9 +112,7 @@ impl Routes {
     }
 
     fn apply(&self, messages: &BTreeMap<u32, Option<Message>>) -> Result<(), Error> {
-        let pins = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_IOAPIC].map(|chip| pin(chip, SERIAL_GSI));
-        let routes: Vec<_> = pins
-            .into_iter()
+        let routes: Vec<_> = std::iter::once(pin(KVM_IRQCHIP_PIC_MASTER, SERIAL_GSI))
             .chain(
                 messages
                     .iter()

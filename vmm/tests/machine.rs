@@ -318,10 +318,10 @@ fn started_by_hand_it_says_what_it_is() {
 
 #[test]
 fn the_kernel_is_entered_as_the_boot_protocol_says() {
-    // Prints the command line's first byte, which it finds through the boot parameters.
+    // Prints the byte of the command line behind "noapic ", which it finds through the boot parameters.
     let code = [
         &[0x8b, 0x86, 0x28, 0x02, 0x00, 0x00][..], // mov eax, [rsi + 0x228] (cmd_line_ptr)
-        &[0x8a, 0x00],                             // mov al, [rax]
+        &[0x8a, 0x40, 0x07],                       // mov al, [rax + 7]
         &[0x66, 0xba, 0xf8, 0x03, 0xee],           // mov dx, 0x3f8; out dx, al
         &RESET,
         &HALT,

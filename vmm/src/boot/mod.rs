@@ -32,7 +32,7 @@ const COMMAND_LINE: u64 = 0x2_0000;
 /// The multiprocessor table: the last KiB of conventional memory, where kernels look for it.
 const MP_TABLE: u64 = CONVENTIONAL_END - MP_TABLE_SIZE;
 
-/// The room for the multiprocessor table, of which 32 processors need 740 bytes (see [`mptable`]).
+/// The room for the multiprocessor table, of which 32 processors need 732 bytes (see [`mptable`]).
 const MP_TABLE_SIZE: u64 = 0x400;
 
 /// The end of conventional memory: above it a PC has its video memory and firmware.

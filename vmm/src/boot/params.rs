@@ -8,8 +8,12 @@ use vm_memory::{
 use super::{COMMAND_LINE, CONVENTIONAL_END, EXTENDED_START, MP_TABLE, ZERO_PAGE};
 use crate::memory::GuestRam;
 
-/// The most bytes of a command line, without its closing NUL: Linux has room for 2,048 (`COMMAND_LINE_SIZE`).
-pub const MAX_COMMAND_LINE: usize = 2047;
+/// What Linux must know of this machine, before what it is asked for: there is no I/O APIC, and the 8259s are wired to the first
+/// processor. (Linux would otherwise cut that wire, and the console's terminal would never get its interrupt.)
+const PLATFORM: &str = "noapic ";
+
+/// The most bytes of a command line: Linux has room for 2,048 with the closing NUL (`COMMAND_LINE_SIZE`).
+pub const MAX_COMMAND_LINE: usize = 2047 - PLATFORM.len();
 
 /// A loader without a number of its own.
 const LOADER_OTHER: u8 = 0xff;
@@ -25,7 +29,7 @@ const E820_RESERVED: u32 = 2;
 /// Why there are no boot parameters.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cmdline has {0} bytes, and Linux takes at most {MAX_COMMAND_LINE}: shorten it")]
+    #[error("cmdline has {0} bytes, and Linux has room for {MAX_COMMAND_LINE}: shorten it")]
     TooLong(usize),
     #[error("cmdline has a NUL at byte {0}, where Linux would stop reading: remove it")]
     Nul(usize),
@@ -55,15 +59,15 @@ pub fn check(cmdline: &str) -> Result<(), Error> {
 /// The command line is invalid, or the guest's memory too small.
 pub fn write(ram: &GuestRam, cmdline: &str) -> Result<(), Error> {
     check(cmdline)?;
+    let cmdline = format!("{PLATFORM}{cmdline}\0");
     ram.write_slice(cmdline.as_bytes(), GuestAddress(COMMAND_LINE))?;
-    ram.write_obj(0u8, GuestAddress(COMMAND_LINE + cmdline.len() as u64))?;
 
     let mut params = boot_params::default();
     params.hdr.boot_flag = BOOT_FLAG;
     params.hdr.header = HEADER_MAGIC;
     params.hdr.type_of_loader = LOADER_OTHER;
     params.hdr.cmd_line_ptr = COMMAND_LINE as u32;
-    params.hdr.cmdline_size = cmdline.len() as u32;
+    params.hdr.cmdline_size = cmdline.len() as u32 - 1;
     let map = memory_map(ram);
     for (entry, (start, end, kind)) in params.e820_table.iter_mut().zip(&map) {
         *entry = boot_e820_entry {
@@ -116,17 +120,17 @@ mod tests {
         write(&ram, "quiet root=/dev/vda").unwrap();
         let params: boot_params = ram.read_obj(GuestAddress(ZERO_PAGE)).unwrap();
         assert_eq!(params.e820_entries, 3);
-        let mut bytes = [0; 20];
+        let mut bytes = [0; 27];
         ram.read_slice(&mut bytes, GuestAddress(params.hdr.cmd_line_ptr.into()))
             .unwrap();
-        assert_eq!(&bytes, b"quiet root=/dev/vda\0");
+        assert_eq!(&bytes, b"noapic quiet root=/dev/vda\0");
     }
 
     #[test]
     fn a_command_line_that_linux_would_cut_is_refused() {
         let longest = "x".repeat(MAX_COMMAND_LINE);
         check(&longest).unwrap();
-        assert!(matches!(check(&(longest + "x")), Err(Error::TooLong(2048))));
+        assert!(matches!(check(&(longest + "x")), Err(Error::TooLong(2041))));
         assert!(matches!(check("quiet\0init=/bin/sh"), Err(Error::Nul(5))));
     }
 }
