@@ -180,7 +180,7 @@ impl fmt::Debug for Agent {
 /// A running machine. Dropping it ends the machine.
 pub struct Machine {
     pid: u32,
-    disk_slots: Vec<u8>,
+    boot_timeout: Duration,
     commands: mpsc::Sender<Command>,
     /// Apart from the commands, because those wait when the VMM does not read.
     stop: Arc<Notify>,
@@ -199,46 +199,49 @@ impl fmt::Debug for Machine {
         formatter
             .debug_struct("Machine")
             .field("pid", &self.pid)
-            .field("disk_slots", &self.disk_slots)
+            .field("disk_slots", &self.disk_slots())
             .finish_non_exhaustive()
     }
 }
 
 impl Machine {
-    /// Starts a machine and waits for its agent. Dropping the future ends the machine.
-    ///
-    /// The VMM inherits the cgroups of the calling thread, and is killed if that thread ends: call this from a runtime
-    /// whose threads live as long as the machine.
+    /// Launches a machine and waits for its agent. Dropping the future ends the machine.
     ///
     /// # Errors
     ///
-    /// [`Error::Stopped`] and [`Error::Timeout`] hold the last lines of the console. Nothing is left of the machine.
+    /// Those of [`Machine::launch`] and [`Machine::ready`]. Nothing is left of the machine.
     pub async fn start(spec: MachineSpec) -> Result<Self, Error> {
-        let boot_timeout = spec.boot_timeout;
-        let mut machine = Self::boot(spec)?;
-        let mut state = machine.state.clone();
-        let ready = state.wait_for(|state| state.agent.is_some() || state.stopped.is_some());
-        match tokio::time::timeout(boot_timeout, ready).await {
-            Ok(Ok(state)) => {
-                if let Some(stopped) = &state.stopped {
-                    return Err(Error::Stopped(stopped.clone()));
-                }
-                // The first slot is the guest's root.
-                machine.disk_slots = state.slots.iter().skip(1).copied().collect();
-            }
-            Ok(Err(_)) => return Err(Error::Stopped(Arc::new(Stopped::unknown()))),
-            Err(_) => {
-                return Err(Error::Timeout {
-                    timeout: boot_timeout,
-                    console: machine.console_tail(),
-                });
-            }
-        }
+        let machine = Self::launch(spec)?;
+        machine.ready().await?;
         Ok(machine)
     }
 
+    /// Waits for the agent of a machine that was launched.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Stopped`] and [`Error::Timeout`] hold the last lines of the console. After a timeout the machine still runs.
+    pub async fn ready(&self) -> Result<(), Error> {
+        let mut state = self.state.clone();
+        let ready = state.wait_for(|state| state.agent.is_some() || state.stopped.is_some());
+        match tokio::time::timeout(self.boot_timeout, ready).await {
+            Ok(Ok(state)) => match &state.stopped {
+                Some(stopped) => Err(Error::Stopped(stopped.clone())),
+                None => Ok(()),
+            },
+            Ok(Err(_)) => Err(Error::Stopped(Arc::new(Stopped::unknown()))),
+            Err(_) => Err(Error::Timeout {
+                timeout: self.boot_timeout,
+                console: self.console_tail(),
+            }),
+        }
+    }
+
     /// Launches the VMM, sends it the machine to build, and leaves both to a worker.
-    fn boot(spec: MachineSpec) -> Result<Self, Error> {
+    ///
+    /// The VMM inherits the cgroups of the calling thread, and is killed if that thread ends: call this from a runtime
+    /// whose threads live as long as the machine.
+    pub fn launch(spec: MachineSpec) -> Result<Self, Error> {
         let kvm = open(
             "KVM device",
             Path::new("/dev/kvm"),
@@ -284,7 +287,7 @@ impl Machine {
         tokio::spawn(worker.run(console_reader, Arc::clone(&console), Arc::clone(&stop)));
         Ok(Self {
             pid,
-            disk_slots: Vec::new(),
+            boot_timeout: spec.boot_timeout,
             commands,
             stop,
             state,
@@ -297,9 +300,10 @@ impl Machine {
         self.pid
     }
 
-    /// The PCI device numbers of [`MachineSpec::disks`], in their order.
-    pub fn disk_slots(&self) -> &[u8] {
-        &self.disk_slots
+    /// The PCI device numbers of [`MachineSpec::disks`], in their order, once the machine is ready.
+    pub fn disk_slots(&self) -> Vec<u8> {
+        // The first slot is the guest's root.
+        self.state.borrow().slots.iter().skip(1).copied().collect()
     }
 
     /// The agent's latest connection.
