@@ -5,7 +5,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -18,16 +17,14 @@ use containerd_shim_protos::events::task::{
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_async::EventsClient;
 use containerd_shim_protos::topics;
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::inotify::AddWatchFlags;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, watch};
 
-use crate::readiness::register;
+use crate::readiness::Watch;
 
 /// The most events that wait for containerd. A pod's tasks make a handful each.
 const CAPACITY: usize = 2048;
@@ -230,20 +227,21 @@ async fn deliver(
             }
             Err(error) => error.to_string(),
         };
-        match &watch {
-            None => {
-                log::warn!("events wait for {}: {error}", path.display());
-                // The socket may be made between the attempt and this, so there is another attempt before the first wait.
-                watch = Some(watch_directory_of(path));
+        let Some(changes) = &watch else {
+            log::warn!("events wait for {}: {error}", path.display());
+            // The socket may be made between the attempt and this, so there is another attempt before the first wait.
+            watch = Some(watch_directory_of(path));
+            continue;
+        };
+        let changed = async {
+            match changes {
+                Ok(changes) => changes.changed().await,
+                Err(error) => Err(io::Error::from(error.kind())),
             }
-            Some(Ok(changes)) => tokio::select! {
-                () = changed(changes) => {}
-                () = queue.added.notified() => {}
-            },
-            Some(Err(error)) => {
-                log::warn!("cannot watch for {}: {error}", path.display());
-                queue.added.notified().await;
-            }
+        };
+        tokio::select! {
+            Ok(()) = changed => {}
+            () = queue.added.notified() => {}
         }
     }
 }
@@ -263,24 +261,9 @@ async fn forward(client: &EventsClient, request: &ForwardRequest) -> ttrpc::Resu
 }
 
 /// Watches for things in a directory that are made, or change their mode or owner, as containerd's socket does once it listens.
-fn watch_directory_of(path: &Path) -> io::Result<AsyncFd<OwnedFd>> {
-    let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
+fn watch_directory_of(path: &Path) -> io::Result<Watch> {
     let events = AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO | AddWatchFlags::IN_ATTRIB;
-    inotify.add_watch(path.parent().unwrap_or(Path::new("/")), events)?;
-    register(inotify.into(), Interest::READABLE)
-}
-
-async fn changed(inotify: &AsyncFd<OwnedFd>) {
-    let mut buffer = [0; 4096];
-    let read = inotify
-        .async_io(Interest::READABLE, |fd| {
-            Ok(nix::unistd::read(fd.as_fd(), &mut buffer)?)
-        })
-        .await;
-    if let Err(error) = read {
-        log::error!("reading from inotify: {error}");
-        std::future::pending().await
-    }
+    Watch::new(path.parent().unwrap_or(Path::new("/")), events)
 }
 
 #[cfg(test)]

@@ -10,20 +10,22 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
+use nix::fcntl::{SpliceFFlags, splice};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::AddWatchFlags;
 use nix::sys::socket::{Shutdown, shutdown};
+use rustix::io::ioctl_fionread;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 
-use crate::readiness::register;
+use crate::readiness::{Watch, register};
 
 /// How much one splice may move; a pipe's capacity is the real limit.
 const MAX_SPLICE: usize = 1 << 20;
@@ -68,8 +70,6 @@ pub enum Error {
         uri: String,
         scheme: String,
     },
-    #[error("stream to the guest: {0}")]
-    Guest(#[from] io::Error),
 }
 
 /// The host's ends, open; nothing is copied yet.
@@ -89,8 +89,16 @@ struct Input {
 
 #[derive(Debug)]
 enum Output {
-    Fifo(AsyncFd<OwnedFd>),
+    Fifo(Fifo),
     File(File),
+}
+
+#[derive(Debug)]
+struct Fifo {
+    path: PathBuf,
+    writer: AsyncFd<OwnedFd>,
+    /// Keeps the writer from breaking while nobody else has the FIFO open for reading.
+    reader: File,
 }
 
 impl Ends {
@@ -111,44 +119,46 @@ impl Ends {
         })
     }
 
-    /// Opens a stream to the guest for each end, and copies from now on. `connect` makes a stream; `number` gives each its name.
-    pub async fn copy<E: From<io::Error>>(
+    /// How many streams to the guest [`Ends::copy`] takes.
+    pub fn count(&self) -> usize {
+        usize::from(self.stdin.is_some())
+            + usize::from(self.stdout.is_some())
+            + usize::from(self.stderr.is_some())
+    }
+
+    /// Copies between these ends and streams to the guest, each with its name, from now on.
+    pub fn copy(
         self,
-        connect: impl AsyncFn() -> Result<UnixStream, E>,
-        number: impl Fn() -> u64,
-    ) -> Result<(Streams, Names), E> {
-        let (open_outputs, watch) = watch::channel(0);
-        let mut streams = Streams {
+        streams: impl IntoIterator<Item = (String, UnixStream)>,
+    ) -> io::Result<(Streams, Names)> {
+        let (open, watch) = watch::channel(0);
+        let mut copying = Streams {
             tasks: JoinSet::new(),
             stdin: None,
             open_outputs: watch,
         };
         let mut names = Names::default();
-        let dial = async || {
-            let number = number();
-            let mut stream = connect().await?;
-            stream.write_all(&number.to_le_bytes()).await?;
-            Ok::<_, E>((number.to_string(), stream))
-        };
+        let mut streams = streams.into_iter();
+        let mut next = || streams.next().ok_or(io::ErrorKind::UnexpectedEof);
         if let Some(Input { reader, writer }) = self.stdin {
-            let (name, stream) = dial().await?;
-            let socket = into_async_fd(stream)?;
+            let (name, stream) = next()?;
             names.stdin = name;
-            let task = streams.tasks.spawn(feed(reader, socket));
-            streams.stdin = Some((writer, task));
+            let socket = into_async_fd(stream)?;
+            let task = copying.tasks.spawn(feed(reader, socket));
+            copying.stdin = Some((writer, task));
         }
         for (output, name_of) in [
             (self.stdout, &mut names.stdout),
             (self.stderr, &mut names.stderr),
         ] {
             if let Some(output) = output {
-                let (name, stream) = dial().await?;
+                let (name, stream) = next()?;
                 *name_of = name;
-                let guard = Open::new(open_outputs.clone());
-                streams.tasks.spawn(drain(stream, output, guard));
+                let open = Open::new(open.clone());
+                copying.tasks.spawn(drain(stream, output, open));
             }
         }
-        Ok((streams, names))
+        Ok((copying, names))
     }
 }
 
@@ -185,12 +195,8 @@ impl Input {
 
 impl Output {
     fn open(stream: &'static str, target: &str) -> Result<Option<Self>, Error> {
-        if target.is_empty() {
-            return Ok(None);
-        }
-        let (path, create) = match target.split_once("://") {
-            None => (target, false),
-            Some(("file", path)) => (path, true),
+        let path = match target.split_once("://") {
+            Some(("file", path)) => path,
             Some((scheme, _)) => {
                 return Err(Error::Scheme {
                     stream,
@@ -198,37 +204,63 @@ impl Output {
                     scheme: scheme.to_owned(),
                 });
             }
+            None if target.is_empty() => return Ok(None),
+            None => target,
         };
-        let error = |source| Error::Open {
-            stream,
-            path: path.to_owned(),
-            source,
-        };
-        if let (true, Some(directory)) = (create, Path::new(path).parent()) {
-            std::fs::create_dir_all(directory).map_err(error)?;
-        }
-        // Reading is for the FIFO: one that is open for both never blocks, and never breaks when its reader goes away.
-        let file = OpenOptions::new()
-            .read(true)
-            .append(true)
-            .create(create)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-            .open(path)
-            .map_err(error)?;
-        let kind = file.metadata().map_err(error)?.file_type();
-        if kind.is_fifo() {
-            let fifo = register(file.into(), Interest::WRITABLE).map_err(error)?;
-            Ok(Some(Self::Fifo(fifo)))
-        } else if kind.is_file() || kind.is_char_device() {
-            // A thread of its own writes to it, and may wait.
-            fcntl(&file, FcntlArg::F_SETFL(OFlag::O_APPEND)).map_err(|e| error(e.into()))?;
-            Ok(Some(Self::File(file)))
+        let opened = if path == target {
+            Self::open_path(path)
         } else {
-            Err(Error::NotWritable {
+            Self::create_file(path)
+        };
+        let error = |source: io::Error| match source.kind() {
+            io::ErrorKind::Unsupported => Error::NotWritable {
                 stream,
                 path: path.to_owned(),
-            })
+            },
+            _ => Error::Open {
+                stream,
+                path: path.to_owned(),
+                source,
+            },
+        };
+        opened.map(Some).map_err(error)
+    }
+
+    /// Opens a FIFO, or a file that is there.
+    fn open_path(path: &str) -> io::Result<Self> {
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+        // A FIFO can be opened for writing only after it is for reading.
+        let reader = OpenOptions::new()
+            .read(true)
+            .custom_flags(flags)
+            .open(path)?;
+        let kind = reader.metadata()?.file_type();
+        if kind.is_fifo() {
+            let writer = OpenOptions::new()
+                .write(true)
+                .custom_flags(flags)
+                .open(path)?;
+            let path = path.into();
+            let writer = register(writer.into(), Interest::WRITABLE)?;
+            Ok(Self::Fifo(Fifo {
+                path,
+                writer,
+                reader,
+            }))
+        } else if kind.is_file() || kind.is_char_device() {
+            Ok(Self::File(OpenOptions::new().append(true).open(path)?))
+        } else {
+            Err(io::ErrorKind::Unsupported.into())
         }
+    }
+
+    /// Opens a file, which is made if it is not there, with its directories.
+    fn create_file(path: &str) -> io::Result<Self> {
+        if let Some(directory) = Path::new(path).parent() {
+            std::fs::create_dir_all(directory)?;
+        }
+        let file = OpenOptions::new().append(true).create(true).open(path)?;
+        Ok(Self::File(file))
     }
 }
 
@@ -267,7 +299,7 @@ impl Streams {
     }
 
     /// Waits until all that the process wrote is delivered and the FIFOs are closed.
-    pub fn drained(&self) -> impl Future<Output = ()> + Send + 'static {
+    pub fn drained(&self) -> impl Future<Output = ()> + Send + use<> {
         let mut open_outputs = self.open_outputs.clone();
         async move {
             // An error means that every output has ended.
@@ -310,7 +342,7 @@ async fn feed(reader: AsyncFd<OwnedFd>, socket: AsyncFd<OwnedFd>) {
 async fn drain(stream: UnixStream, output: Arc<Output>, _open: Open) {
     let result = match &*output {
         Output::Fifo(fifo) => match into_async_fd(stream) {
-            Ok(socket) => splice_all(&socket, fifo).await,
+            Ok(socket) => splice_all(&socket, &fifo.writer).await,
             Err(error) => Err(error),
         },
         Output::File(_) => copy_to_file(stream, &output).await,
@@ -318,8 +350,36 @@ async fn drain(stream: UnixStream, output: Arc<Output>, _open: Open) {
     if let Err(error) = result {
         log::warn!("output of a process is cut off: {error}");
     }
-    // The FIFO is closed before it counts as drained.
-    drop(output);
+    // The last of the streams that share a FIFO closes it.
+    if let Some(Output::Fifo(fifo)) = Arc::into_inner(output) {
+        if let Err(error) = fifo.close().await {
+            log::warn!("output of a process may be lost: {error}");
+        }
+    }
+}
+
+impl Fifo {
+    /// Closes the FIFO, as soon as what is in it cannot be lost: somebody else has it open for reading, or nothing is in it.
+    async fn close(self) -> io::Result<()> {
+        drop(self.reader);
+        let mut watch = None;
+        while !has_reader(&self.writer)? && ioctl_fionread(&self.writer)? > 0 {
+            match &watch {
+                None => watch = Some(Watch::new(&self.path, AddWatchFlags::IN_OPEN)?),
+                Some(watch) => watch.changed().await?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn has_reader(writer: &AsyncFd<OwnedFd>) -> io::Result<bool> {
+    let mut fds = [PollFd::new(writer.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO)?;
+    let [fd] = fds;
+    Ok(!fd
+        .revents()
+        .is_some_and(|events| events.contains(PollFlags::POLLERR)))
 }
 
 /// Moves bytes until the end of the data. One side is a pipe, the other a socket.
@@ -381,12 +441,11 @@ fn into_async_fd(stream: UnixStream) -> io::Result<AsyncFd<OwnedFd>> {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
     use std::path::PathBuf;
-    use std::sync::Mutex;
 
     use nix::sys::stat::Mode;
     use tempfile::TempDir;
+    use tokio::io::AsyncWriteExt;
     use tokio::net::unix::pipe;
 
     use super::*;
@@ -428,29 +487,25 @@ mod tests {
         }
 
         /// Starts the copying, and returns the guest's ends in the order stdin, stdout, stderr.
-        async fn copy(&self) -> (Streams, Vec<UnixStream>) {
-            let guests = Mutex::new(Vec::new());
-            let next = Cell::new(40);
-            let connect = async || {
-                let (host, guest) = UnixStream::pair()?;
-                guests.lock().unwrap().push(guest);
-                Ok::<_, Error>(host)
-            };
-            let number = || {
-                next.set(next.get() + 1);
-                next.get()
-            };
+        fn copy(&self) -> (Streams, Vec<UnixStream>) {
             let ends = Ends::open(&self.stdio).unwrap();
-            let (streams, names) = ends.copy(connect, number).await.unwrap();
-            let mut guests = guests.into_inner().unwrap();
-            let mut expected = Vec::new();
-            for guest in &mut guests {
-                expected.push(guest.read_u64_le().await.unwrap().to_string());
+            let mut guests = Vec::new();
+            let mut streams = Vec::new();
+            for number in 0..ends.count() {
+                let (host, guest) = UnixStream::pair().unwrap();
+                streams.push((number.to_string(), host));
+                guests.push(guest);
             }
+            let (copying, names) = ends.copy(streams).unwrap();
             let names = [names.stdin, names.stdout, names.stderr];
             let names: Vec<_> = names.into_iter().filter(|n| !n.is_empty()).collect();
-            assert_eq!(names, expected);
-            (streams, guests)
+            assert!(
+                names
+                    .iter()
+                    .map(String::as_str)
+                    .eq(["0", "1", "2"][..guests.len()].iter().copied())
+            );
+            (copying, guests)
         }
     }
 
@@ -468,7 +523,7 @@ mod tests {
     async fn output_arrives_whole_and_the_fifos_close() {
         let host = Host::new(&["stdout", "stderr"]);
         let (mut stdout, mut stderr) = (host.reader("stdout"), host.reader("stderr"));
-        let (streams, mut guests) = host.copy().await;
+        let (streams, mut guests) = host.copy();
         let (out, err) = (pattern(3 << 20), pattern(100));
         let guest = async {
             guests[1].write_all(&err).await.unwrap();
@@ -485,7 +540,7 @@ mod tests {
     async fn a_reader_that_stops_blocks_only_its_own_stream_and_a_new_one_gets_the_rest() {
         let host = Host::new(&["stdout", "stderr"]);
         let (mut stdout, mut stderr) = (host.reader("stdout"), host.reader("stderr"));
-        let (streams, mut guests) = host.copy().await;
+        let (streams, mut guests) = host.copy();
         let out = pattern(1 << 20);
         let mut errors = guests.pop().unwrap();
         let mut outputs = guests.pop().unwrap();
@@ -506,9 +561,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_nobody_has_read_at_the_end_waits_for_a_reader() {
+        let host = Host::new(&["stdout", "stderr"]);
+        let (mut streams, mut guests) = host.copy();
+        guests[0].write_all(b"last words").await.unwrap();
+        guests.clear();
+        // An empty FIFO needs no reader.
+        while *streams.open_outputs.borrow_and_update() > 1 {
+            streams.open_outputs.changed().await.unwrap();
+        }
+        assert_eq!(*streams.open_outputs.borrow(), 1);
+        let mut stdout = host.reader("stdout");
+        assert_eq!(read_all(&mut stdout).await, b"last words");
+        streams.drained().await;
+    }
+
+    #[tokio::test]
     async fn input_ends_when_it_is_closed_and_all_writers_are_gone() {
         let host = Host::new(&["stdin"]);
-        let (mut streams, mut guests) = host.copy().await;
+        let (mut streams, mut guests) = host.copy();
         let open = || {
             pipe::OpenOptions::new()
                 .open_sender(host.path("stdin"))
@@ -541,7 +612,7 @@ mod tests {
             .open(host.path("stdin"))
             .unwrap();
         writer.write_all(b"early").unwrap();
-        let (mut streams, mut guests) = host.copy().await;
+        let (mut streams, mut guests) = host.copy();
         drop(writer);
         streams.close_stdin();
         assert_eq!(read_all(&mut guests[0]).await, b"early");
@@ -550,7 +621,7 @@ mod tests {
     #[tokio::test]
     async fn nobody_holds_the_input_of_a_process_that_has_ended() {
         let host = Host::new(&["stdin"]);
-        let (mut streams, mut guests) = host.copy().await;
+        let (mut streams, mut guests) = host.copy();
         streams.process_ended();
         assert_eq!(read_all(&mut guests[0]).await, b"");
         let error = pipe::OpenOptions::new()
@@ -566,7 +637,7 @@ mod tests {
         host.stdio.stdout.clone_from(&uri);
         host.stdio.stderr = uri;
         for round in 1..=2 {
-            let (streams, mut guests) = host.copy().await;
+            let (streams, mut guests) = host.copy();
             guests[0].write_all(b"out\n").await.unwrap();
             guests[1].write_all(b"err\n").await.unwrap();
             guests.clear();
@@ -581,7 +652,7 @@ mod tests {
     async fn a_terminal_has_one_output() {
         let mut host = Host::new(&["stdin", "stdout", "stderr"]);
         host.stdio.terminal = true;
-        let (_streams, guests) = host.copy().await;
+        let (_streams, guests) = host.copy();
         assert_eq!(guests.len(), 2);
     }
 
@@ -608,6 +679,6 @@ mod tests {
                 ..
             }
         ));
-        assert!(matches!(open("", &dir), Error::Open { .. }));
+        assert!(matches!(open("", &dir), Error::NotWritable { .. }));
     }
 }
