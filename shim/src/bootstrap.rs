@@ -20,6 +20,8 @@ use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, umask};
 use protobuf::Message;
+use rustix::process::getpid;
+use rustix::thread::{CoreSchedulingScope, create_core_scheduling_cookie};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
@@ -163,10 +165,7 @@ fn listen(socket: &Path) -> Result<Option<UnixListener>, Error> {
         .mode(0o711)
         .create(directory)
         .map_err(at("create", directory))?;
-    // Two calls for the same group may run at the same time: who finds a dead socket removes it and makes its own under one lock.
-    let lock = File::open(directory).map_err(at("open", directory))?;
-    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| at("lock", directory)(errno.into()))?;
+    let _lock = lock(directory).map_err(at("lock", directory))?;
     match bind(socket) {
         Ok(listener) => return Ok(Some(listener)),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
@@ -187,6 +186,26 @@ fn listen(socket: &Path) -> Result<Option<UnixListener>, Error> {
     bind(socket).map(Some).map_err(at("listen on", socket))
 }
 
+/// Keeps other calls from looking for dead sockets at the same time: who finds one removes it, and makes its own, under this lock.
+fn lock(directory: &Path) -> io::Result<Flock<File>> {
+    Flock::lock(File::open(directory)?, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
+}
+
+/// Removes a socket that nobody listens on any more.
+pub fn remove_dead_socket(socket: &Path) -> io::Result<()> {
+    let removed =
+        lock(socket.parent().unwrap_or(Path::new("/"))).and_then(
+            |_lock| match UnixStream::connect(socket) {
+                Ok(_) => Ok(()),
+                Err(_) => fs::remove_file(socket),
+            },
+        );
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
 /// Makes a socket that only the superuser can connect to, from the first moment.
 fn bind(socket: &Path) -> io::Result<UnixListener> {
     let before = umask(Mode::from_bits_truncate(0o177));
@@ -203,7 +222,9 @@ fn spawn(
     listener: UnixListener,
 ) -> Result<(), Error> {
     if std::env::var_os("SCHED_CORE").is_some_and(|value| !value.is_empty()) {
-        share_core_with_nobody().map_err(Error::CoreScheduling)?;
+        // This process, and so the shim and the machine that come from it, get cores that no other pod runs on at the same time.
+        create_core_scheduling_cookie(getpid(), CoreSchedulingScope::ThreadGroup)
+            .map_err(|errno| Error::CoreScheduling(errno.into()))?;
     }
     let program = "/proc/self/exe";
     let mut command = Command::new(program);
@@ -225,25 +246,6 @@ fn spawn(
         .spawn()
         .map(drop)
         .map_err(at("execute", program))
-}
-
-/// Gives this process, and so the shim and the machine that come from it, processor cores that no other pod runs on at the same time.
-fn share_core_with_nobody() -> io::Result<()> {
-    let thread_group = 1;
-    // SAFETY: this operation of prctl takes integers; the last argument, an address to write to, is unused by it and null.
-    let result = unsafe {
-        libc::prctl(
-            libc::PR_SCHED_CORE,
-            libc::PR_SCHED_CORE_CREATE,
-            0,
-            thread_group,
-            0,
-        )
-    };
-    match result {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 fn at(operation: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {

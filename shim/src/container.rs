@@ -3,7 +3,8 @@
 //! Nothing here waits. The events go to the publisher's queue under the same lock as the change that they tell of, so their order is
 //! the order of the changes: the start of a process before its end, and the end of the init after the ends of all its execs.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::time::Instant;
 
 use containerd_shim_protos::events::task::{
     TaskDelete, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed, TaskStart,
@@ -31,6 +32,10 @@ pub struct Container {
     pub init: Process,
     /// Its other processes, by their exec identifiers.
     pub execs: HashMap<String, Process>,
+    /// The exec identifiers of processes that the guest was asked to add, and has not answered.
+    pub adding: HashSet<String>,
+    /// When containerd was last told that it wants memory.
+    pub last_oom: Option<Instant>,
 }
 
 impl Container {
@@ -213,6 +218,8 @@ mod tests {
             slots: Vec::new(),
             init: process(),
             execs: HashMap::new(),
+            adding: HashSet::new(),
+            last_oom: None,
         };
         for id in [""].iter().chain(execs) {
             if !id.is_empty() {

@@ -151,7 +151,7 @@ impl Process {
     }
 
     /// Waits for its end; `None` if it is deleted without one.
-    pub fn ended(&self) -> impl Future<Output = Option<Exit>> + Send + 'static {
+    pub fn ended(&self) -> impl Future<Output = Option<Exit>> + Send + use<> {
         let mut exit = self.exit.subscribe();
         async move {
             let ended = exit.wait_for(Option::is_some).await;

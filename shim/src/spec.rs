@@ -82,6 +82,11 @@ impl<'a> Spec<'a> {
         Ok(part(&self.fields, "root")?.unwrap_or_default())
     }
 
+    /// The control group; empty if none is named.
+    pub fn cgroups_path(&self) -> Result<String, Error> {
+        Ok(part(&self.linux, "cgroupsPath")?.unwrap_or_default())
+    }
+
     /// The limits.
     pub fn resources(&self) -> Result<Option<LinuxResources>, Error> {
         part(&self.linux, "resources")
@@ -216,6 +221,7 @@ mod tests {
             ],
             "linux": {
                 "mountLabel": "y",
+                "cgroupsPath": "/default/c1",
                 "namespaces": [{"type": "network", "path": "/run/netns/x"}, {"type": "pid"}, {"type": "mount"}],
                 "seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "newField": 1e300},
             },
@@ -236,6 +242,7 @@ mod tests {
         assert_eq!(spec.annotations().unwrap()["a"], "b");
         assert_eq!(spec.root().unwrap().path(), Path::new("rootfs"));
         assert!(spec.resources().unwrap().is_none());
+        assert_eq!(spec.cgroups_path().unwrap(), "/default/c1");
         let empty = Spec::parse(b"{}").unwrap();
         assert!(empty.annotations().unwrap().is_empty() && empty.hostname().unwrap().is_empty());
     }

@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
 /// The file's name in the bundle of the shim's first task.
@@ -16,16 +17,12 @@ const FILE: &str = "bulkhead.json";
 /// The resources of a sandbox that outlive its shim's process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
+    /// The shim. Its machine ends when it ends.
+    pub shim: ProcessId,
     /// The shim's listening socket.
     pub socket: PathBuf,
-    /// The shim.
-    pub shim: ProcessId,
-    /// The virtual machine monitor, once it runs.
-    pub vmm: Option<ProcessId>,
-    /// Files to remove, the scratch disk among them.
-    pub files: Vec<PathBuf>,
-    /// The control groups that the machine runs in.
-    pub cgroups: Vec<PathBuf>,
+    /// The control group that the shim and the machine are in, below the root of each hierarchy.
+    pub cgroup: Option<PathBuf>,
 }
 
 impl State {
@@ -79,7 +76,10 @@ impl ProcessId {
         let Some(pidfd) = self.open()? else {
             return Ok(());
         };
-        pidfd_kill(&pidfd)?;
+        match pidfd_send_signal(&pidfd, Signal::KILL) {
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(errno) => return Err(errno.into()),
+        }
         let timeout = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
         let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, timeout)? {
@@ -96,41 +96,20 @@ impl ProcessId {
 
     /// Opens the process, if it still is this one.
     fn open(&self) -> io::Result<Option<OwnedFd>> {
-        // SAFETY: pidfd_open takes two integers and touches no memory.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
-        if fd < 0 {
-            return match Errno::last() {
-                Errno::ESRCH => Ok(None),
-                errno => Err(errno.into()),
-            };
-        }
-        // SAFETY: the kernel has just made this descriptor for us.
-        let pidfd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        let Some(pid) = Pid::from_raw(self.pid) else {
+            return Ok(None);
+        };
+        let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(pidfd) => pidfd,
+            Err(Errno::SRCH) => return Ok(None),
+            Err(errno) => return Err(errno.into()),
+        };
         match Self::of(self.pid) {
             Ok(now) if now == *self => Ok(Some(pidfd)),
             Ok(_) => Ok(None),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
-    }
-}
-
-fn pidfd_kill(pidfd: &OwnedFd) -> io::Result<()> {
-    use std::os::fd::AsRawFd;
-    // SAFETY: a null siginfo is allowed, and the other arguments are integers.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
-            libc::SIGKILL,
-            std::ptr::null::<libc::siginfo_t>(),
-            0,
-        )
-    };
-    match result {
-        0 => Ok(()),
-        _ if Errno::last() == Errno::ESRCH => Ok(()),
-        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -145,15 +124,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(State::read(dir.path()).unwrap(), None);
         let mut state = State {
-            socket: "/run/containerd/s/0".into(),
             shim: ProcessId { pid: 2, start: 3 },
-            vmm: None,
-            files: vec![],
-            cgroups: vec![],
+            socket: "/run/containerd/s/0".into(),
+            cgroup: None,
         };
         state.write(dir.path()).unwrap();
-        state.vmm = Some(ProcessId { pid: 4, start: 5 });
-        state.files.push("/x".into());
+        state.cgroup = Some("default/c1".into());
         state.write(dir.path()).unwrap();
         assert_eq!(State::read(dir.path()).unwrap(), Some(state));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);

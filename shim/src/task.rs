@@ -1,0 +1,297 @@
+//! The tasks of this shim: the table of its containers, and what is answered from it alone.
+//!
+//! The table is locked for moments, never while something is waited for. A request checks and notes in the table what is about to happen,
+//! then asks the guest, then notes what has happened. Questions about state are answered from the table, whatever the machine is doing.
+
+mod create;
+mod requests;
+mod run;
+mod service;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use containerd_shim_protos::api::{
+    ConnectResponse, StateRequest, StateResponse, Status, WaitRequest, WaitResponse,
+};
+use protobuf::MessageField;
+use tokio::sync::Notify;
+
+pub use service::services;
+
+use crate::annotations::Kind;
+use crate::cgroup;
+use crate::container::Container;
+use crate::error::Error;
+use crate::events::Publisher;
+use crate::process::{Exit, KILLED, Phase, Process};
+use crate::sandbox::Sandbox;
+
+/// At most one event for want of memory in this time, for each container: a hostile guest can make up any number.
+const OOM_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The tasks of a shim.
+#[derive(Debug)]
+pub struct Tasks {
+    events: Publisher,
+    sandbox: Sandbox,
+    home: Mutex<Home>,
+    table: Mutex<Table>,
+    closed: Notify,
+}
+
+/// Where the shim lives on the host.
+#[derive(Debug)]
+struct Home {
+    /// The bundle of its first task, where `delete` looks for what it has written down.
+    bundle: PathBuf,
+    /// Its listening socket.
+    socket: PathBuf,
+    /// Its control group, once it is in it.
+    stay: Option<cgroup::Stay>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    entries: HashMap<String, Entry>,
+    /// No container is created any more.
+    closing: bool,
+}
+
+#[derive(Debug)]
+enum Entry {
+    /// A Create is under way.
+    Creating,
+    Ready(Box<Container>),
+}
+
+/// The place of a container that is being created; it is free again if this is dropped.
+#[derive(Debug)]
+struct Reservation<'a> {
+    tasks: &'a Arc<Tasks>,
+    id: String,
+}
+
+impl Reservation<'_> {
+    /// Puts the container into its place, and tells containerd, in one step.
+    fn fill(self, container: Container, tell: impl FnOnce(&Publisher)) {
+        let mut table = self.tasks.table();
+        table
+            .entries
+            .insert(self.id.clone(), Entry::Ready(Box::new(container)));
+        tell(&self.tasks.events);
+    }
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        let mut table = self.tasks.table();
+        if let Some(Entry::Creating) = table.entries.get(&self.id) {
+            table.entries.remove(&self.id);
+            drop(table);
+            self.tasks.end_if_idle();
+        }
+    }
+}
+
+impl Tasks {
+    /// No tasks yet. `bundle` is that of the first, and `socket` where the shim listens.
+    pub fn new(events: Publisher, bundle: PathBuf, socket: PathBuf) -> Arc<Self> {
+        Arc::new(Self {
+            events,
+            sandbox: Sandbox::default(),
+            home: Mutex::new(Home {
+                bundle,
+                socket,
+                stay: None,
+            }),
+            table: Mutex::default(),
+            closed: Notify::new(),
+        })
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reserve(self: &Arc<Self>, id: &str) -> Result<Reservation<'_>, Error> {
+        let mut table = self.table();
+        if table.closing {
+            return Err(Error::ShuttingDown);
+        }
+        if table.entries.contains_key(id) {
+            return Err(Error::ContainerExists(id.to_owned()));
+        }
+        table.entries.insert(id.to_owned(), Entry::Creating);
+        Ok(Reservation {
+            tasks: self,
+            id: id.to_owned(),
+        })
+    }
+
+    /// Looks at a container, or changes it, under the table's lock.
+    fn with<T>(
+        &self,
+        id: &str,
+        act: impl FnOnce(&mut Container) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        match self.table().entries.get_mut(id) {
+            Some(Entry::Ready(container)) => act(container),
+            Some(Entry::Creating) | None => Err(Error::NoContainer(id.to_owned())),
+        }
+    }
+
+    /// Where a process is.
+    fn state(&self, request: &StateRequest) -> Result<StateResponse, Error> {
+        self.with(&request.id, |container| {
+            let process = process(container, &request.exec_id)?;
+            let exit = process.exit();
+            Ok(StateResponse {
+                id: container.id.clone(),
+                exec_id: request.exec_id.clone(),
+                bundle: container.bundle.clone(),
+                pid: container.pid,
+                status: status(process.phase).into(),
+                stdin: process.stdio.stdin.clone(),
+                stdout: process.stdio.stdout.clone(),
+                stderr: process.stdio.stderr.clone(),
+                terminal: process.stdio.terminal,
+                exit_status: exit.map_or(0, |exit| exit.status),
+                exited_at: exit.map(|exit| exit.timestamp()).into(),
+                ..Default::default()
+            })
+        })
+    }
+
+    /// Waits for a process to end.
+    async fn wait(&self, request: &WaitRequest) -> Result<WaitResponse, Error> {
+        let ended = self.with(&request.id, |container| {
+            Ok(process(container, &request.exec_id)?.ended())
+        })?;
+        let exit = ended.await;
+        let exit = exit.ok_or_else(|| Error::NoContainer(request.id.clone()))?;
+        Ok(WaitResponse {
+            exit_status: exit.status,
+            exited_at: MessageField::some(exit.timestamp()),
+            ..Default::default()
+        })
+    }
+
+    /// Who serves a task.
+    fn connect(&self, id: &str) -> ConnectResponse {
+        ConnectResponse {
+            shim_pid: std::process::id(),
+            task_pid: self.with(id, |container| Ok(container.pid)).unwrap_or(0),
+            version: env!("CARGO_PKG_VERSION").into(),
+            ..Default::default()
+        }
+    }
+
+    /// The machine has ended, and every process in it.
+    fn machine_ended(&self) {
+        let exit = Exit::now(KILLED);
+        let mut table = self.table();
+        // The sandbox of a pod comes last, as its end is the end of the others.
+        for last in [false, true] {
+            for entry in table.entries.values_mut() {
+                match entry {
+                    Entry::Ready(container) if (container.kind == Kind::Sandbox) == last => {
+                        container.machine_ended(exit, &self.events);
+                    }
+                    Entry::Ready(_) | Entry::Creating => {}
+                }
+            }
+        }
+    }
+
+    /// The guest's kernel has killed a process for want of memory.
+    fn out_of_memory(&self, id: &str) {
+        let told = self.with(id, |container| {
+            let now = Instant::now();
+            let recent = |last| now.duration_since(last) < OOM_INTERVAL;
+            if !container.last_oom.is_some_and(recent) {
+                container.last_oom = Some(now);
+                container.out_of_memory(&self.events);
+            }
+            Ok(())
+        });
+        if let Err(error) = told {
+            log::debug!("the guest is out of memory: {error}");
+        }
+    }
+
+    /// Ends the machine when nothing runs in it or is about to. A pod's sandbox runs until it is killed.
+    fn end_if_idle(self: &Arc<Self>) {
+        if self.sandbox.machine().is_err() {
+            return;
+        }
+        let idle = self.table().entries.values().all(|entry| match entry {
+            Entry::Creating => false,
+            Entry::Ready(container) => container.init.phase == Phase::Stopped,
+        });
+        if idle {
+            self.end_machine();
+        }
+    }
+
+    fn end_machine(self: &Arc<Self>) {
+        let tasks = Arc::clone(self);
+        tokio::spawn(async move { tasks.sandbox.stop().await });
+    }
+
+    /// Ends the shim, unless it still has tasks.
+    fn shutdown(&self) {
+        let mut table = self.table();
+        if table.entries.is_empty() {
+            table.closing = true;
+            self.closed.notify_one();
+        }
+    }
+
+    /// Waits until a client has asked for the end of the shim.
+    pub async fn closed(&self) {
+        self.closed.notified().await;
+    }
+
+    /// Ends the machine, tells of the ends of all that ran in it, and gives back what it had of the host.
+    pub async fn finish(&self) {
+        self.sandbox.stop().await;
+        self.machine_ended();
+        let mut home = self.home.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Err(error)) = home.stay.take().map(cgroup::Stay::leave) {
+            log::warn!("the control group stays: {error}");
+        }
+    }
+}
+
+fn process<'c>(container: &'c Container, exec_id: &str) -> Result<&'c Process, Error> {
+    container
+        .process(exec_id)
+        .ok_or_else(|| no_process(&container.id, exec_id))
+}
+
+fn process_mut<'c>(container: &'c mut Container, exec_id: &str) -> Result<&'c mut Process, Error> {
+    let id = container.id.clone();
+    container
+        .process_mut(exec_id)
+        .ok_or_else(|| no_process(&id, exec_id))
+}
+
+fn no_process(container: &str, exec: &str) -> Error {
+    Error::NoProcess {
+        container: container.to_owned(),
+        exec: exec.to_owned(),
+    }
+}
+
+fn status(phase: Phase) -> Status {
+    match phase {
+        Phase::Created | Phase::Starting => Status::CREATED,
+        Phase::Running => Status::RUNNING,
+        Phase::Pausing => Status::PAUSING,
+        Phase::Paused => Status::PAUSED,
+        Phase::Stopped => Status::STOPPED,
+    }
+}

@@ -1,0 +1,330 @@
+//! Making containers, and the machine for the first of them.
+
+use std::collections::{HashMap, HashSet};
+use std::future::Future;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::{Arc, PoisonError};
+
+use bulkhead_agent::protocol::SPEC_TYPE_URL;
+use bulkhead_vmm::launch::unique_uid;
+use containerd_shim_protos::api::{CreateTaskRequest, Mount};
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
+use ttrpc::context::Context;
+
+use super::Tasks;
+use crate::annotations::Kind;
+use crate::args::is_identifier;
+use crate::cgroup;
+use crate::config::Config;
+use crate::container::Container;
+use crate::disk::DiskFiles;
+use crate::error::Error;
+use crate::machine::{self, Machine, MachineSpec, Reason};
+use crate::options::Options;
+use crate::process::Process;
+use crate::rootfs::{self, Mounts, Rootfs};
+use crate::sizing::{self, Host};
+use crate::spec::Spec;
+use crate::state::{ProcessId, State};
+use crate::streams::{Ends, Stdio, Streams};
+
+/// What every guest kernel is told: where its console and its root are, and to end the machine when it fails.
+const CMDLINE: &str = "console=ttyS0 quiet root=/dev/vda rootfstype=erofs ro reboot=k panic=-1";
+
+impl Tasks {
+    /// Makes a container, and returns the number of the host's process that stands for it.
+    pub(super) async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
+        check(&request)?;
+        let reservation = self.reserve(&request.id)?;
+        let bundle = PathBuf::from(&request.bundle);
+        let path = bundle.join("config.json");
+        let json = std::fs::read(&path).map_err(failed("read", path))?;
+        let spec = Spec::parse(&json)?;
+        let annotations = spec.annotations()?;
+        let kind = Kind::of(&annotations)?;
+        let config = load_config(request.options.as_ref(), &bundle)?;
+        let stdio = Stdio {
+            stdin: request.stdin.clone(),
+            stdout: request.stdout.clone(),
+            stderr: request.stderr.clone(),
+            terminal: request.terminal,
+        };
+        let (pid, streams, slots) = match kind {
+            Kind::Sandbox => {
+                let (machine, _) = self.boot(&config, &spec, &annotations, Vec::new()).await?;
+                (machine.pid(), None, Vec::new())
+            }
+            Kind::Member | Kind::Single => {
+                let ends = Ends::open(&stdio)?;
+                let files = rootfs::prepare(&config, &request.id, root(&request, &spec)?);
+                let (machine, files, slots) = match kind {
+                    Kind::Single => self.boot_for(&config, &spec, &annotations, files).await?,
+                    _ => {
+                        let (disks, mounts) = files.await?.into_parts();
+                        (
+                            self.sandbox.machine()?,
+                            mounts,
+                            self.sandbox.attach(disks).await?,
+                        )
+                    }
+                };
+                let created = self
+                    .create_in_guest(&request, spec, ends, files.at(&slots))
+                    .await;
+                match created {
+                    Ok(streams) => (machine.pid(), Some(streams), slots),
+                    Err(error) => {
+                        self.sandbox.detach(&slots).await;
+                        return Err(error);
+                    }
+                }
+            }
+        };
+        let container = Container {
+            id: request.id.clone(),
+            bundle: request.bundle.clone(),
+            kind,
+            pid,
+            slots,
+            init: Process::new(stdio, streams),
+            execs: HashMap::new(),
+            adding: HashSet::new(),
+            last_oom: None,
+        };
+        let id = request.id.clone();
+        reservation.fill(container, |events| events.publish(&created(request, pid)));
+        if kind != Kind::Sandbox {
+            self.watch(&id, "");
+        }
+        Ok(pid)
+    }
+
+    /// Starts the machine for a container, with its files, and returns them and the slots of their disks.
+    ///
+    /// Files that are at hand are there when the machine boots, which spares the guest a scan of its bus. Images that have to be built
+    /// are built while it boots.
+    async fn boot_for(
+        self: &Arc<Self>,
+        config: &Config,
+        spec: &Spec<'_>,
+        annotations: &HashMap<String, String>,
+        files: impl Future<Output = Result<Rootfs, rootfs::Error>>,
+    ) -> Result<(&Machine, Mounts, Vec<u8>), Error> {
+        let mut files = pin!(files);
+        let at_hand = tokio::select! {
+            biased;
+            files = &mut files => Some(files?.into_parts()),
+            () = std::future::ready(()) => None,
+        };
+        if let Some((disks, mounts)) = at_hand {
+            let (machine, slots) = self.boot(config, spec, annotations, disks).await?;
+            return Ok((machine, mounts, slots));
+        }
+        let boot = self.boot(config, spec, annotations, Vec::new());
+        let ((machine, _), files) = tokio::try_join!(boot, async { Ok(files.await?) })?;
+        let (disks, mounts) = files.into_parts();
+        Ok((machine, mounts, self.sandbox.attach(disks).await?))
+    }
+
+    /// Starts the machine, unless it runs (containers without a pod may share one), and returns the slots of these disks.
+    async fn boot(
+        self: &Arc<Self>,
+        config: &Config,
+        spec: &Spec<'_>,
+        annotations: &HashMap<String, String>,
+        mut disks: Vec<DiskFiles>,
+    ) -> Result<(&Machine, Vec<u8>), Error> {
+        let mut is_new = false;
+        let machine_spec = async {
+            is_new = true;
+            let resources = spec.resources()?;
+            let size = sizing::size(annotations, resources.as_ref(), config, Host::read()?)?;
+            self.enter_cgroup(&spec.cgroups_path()?)?;
+            disks.insert(0, rootfs::scratch(config).await?);
+            let mut cmdline = CMDLINE.to_owned();
+            if !config.kernel_params.is_empty() {
+                cmdline.push(' ');
+                cmdline.push_str(&config.kernel_params);
+            }
+            Ok(MachineSpec {
+                vmm: config.vmm.clone(),
+                kernel: config.kernel.clone(),
+                image: config.image.clone(),
+                uid: unique_uid(config.uid_base).map_err(machine::Error::from)?,
+                vcpus: size.vcpus,
+                memory_mib: size.memory_mib,
+                cmdline,
+                disks: std::mem::take(&mut disks),
+                boot_timeout: config.boot_timeout(),
+            })
+        };
+        let machine = self.sandbox.boot(machine_spec, spec.hostname()?).await?;
+        if is_new {
+            self.watch_machine(machine);
+            // The first is the scratch disk.
+            return Ok((
+                machine,
+                machine.disk_slots().iter().skip(1).copied().collect(),
+            ));
+        }
+        Ok((machine, self.sandbox.attach(disks).await?))
+    }
+
+    /// Moves the shim, and so the machine, into the pod's control group. What is left of it if the shim is killed is written down first.
+    fn enter_cgroup(&self, cgroups_path: &str) -> Result<(), Error> {
+        let mut home = self.home.lock().unwrap_or_else(PoisonError::into_inner);
+        if home.stay.is_some() {
+            return Ok(());
+        }
+        let directory = cgroup::directory(cgroups_path)?;
+        let state = State {
+            shim: ProcessId::of(std::process::id() as i32)
+                .map_err(failed("identify", "/proc/self"))?,
+            socket: home.socket.clone(),
+            cgroup: directory.clone(),
+        };
+        state
+            .write(&home.bundle)
+            .map_err(failed("write the shim's state into", &home.bundle))?;
+        if let Some(directory) = directory {
+            home.stay = Some(cgroup::enter(&directory)?);
+        }
+        Ok(())
+    }
+
+    /// Waits for the machine's end, and for what its kernel tells, as long as it runs.
+    fn watch_machine(self: &Arc<Self>, machine: &Machine) {
+        let stopped = machine.stopped();
+        let tasks = Arc::clone(self);
+        tokio::spawn(async move {
+            let stopped = stopped.await;
+            match stopped.reason {
+                Reason::Requested => log::info!("the microVM is stopped"),
+                _ => log::error!("the microVM ended: {stopped}"),
+            }
+            tasks.machine_ended();
+        });
+        let tasks = Arc::clone(self);
+        tokio::spawn(async move {
+            loop {
+                match tasks.sandbox.next_oom().await {
+                    Ok(id) => tasks.out_of_memory(&id),
+                    Err(Error::Disconnected(_)) => {}
+                    Err(Error::Machine(_)) => return,
+                    Err(error) => return log::error!("want of memory will not be told: {error}"),
+                }
+            }
+        });
+    }
+
+    /// Brings a container's streams to the guest, and has it made there.
+    async fn create_in_guest(
+        &self,
+        request: &CreateTaskRequest,
+        spec: Spec<'_>,
+        ends: Ends,
+        rootfs: Vec<Mount>,
+    ) -> Result<Streams, Error> {
+        let spec = spec.into_guest()?;
+        let (streams, names) = self.sandbox.copy(ends).await?;
+        let request = CreateTaskRequest {
+            id: request.id.clone(),
+            rootfs,
+            terminal: request.terminal,
+            stdin: names.stdin,
+            stdout: names.stdout,
+            stderr: names.stderr,
+            options: MessageField::some(Any {
+                type_url: SPEC_TYPE_URL.into(),
+                value: spec,
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        self.sandbox
+            .ask(|agent| async move { agent.create(Context::default(), &request).await })
+            .await?;
+        Ok(streams)
+    }
+}
+
+fn check(request: &CreateTaskRequest) -> Result<(), Error> {
+    if !is_identifier(&request.id) {
+        return Err(Error::Invalid {
+            field: "id",
+            value: request.id.clone(),
+            problem: "no identifier",
+        });
+    }
+    if !request.checkpoint.is_empty() {
+        return Err(Error::Unsupported("restoring a microVM's container"));
+    }
+    Ok(())
+}
+
+/// The configuration that the options name, or the one at the usual place.
+fn load_config(options: Option<&Any>, bundle: &Path) -> Result<Config, Error> {
+    let options = Options::parse(options)?;
+    if !options.config_body.is_empty() && options.config_path.is_empty() {
+        return Ok(Config::parse(
+            &options.config_body,
+            &bundle.join("options"),
+        )?);
+    }
+    let path = Some(Path::new(&options.config_path)).filter(|path| !path.as_os_str().is_empty());
+    Ok(Config::load(path)?)
+}
+
+/// The mounts that make the root file system: those of the request, or else the directory that the specification names, where whoever
+/// called has mounted it.
+fn root(request: &CreateTaskRequest, spec: &Spec<'_>) -> Result<Vec<Mount>, Error> {
+    if !request.rootfs.is_empty() {
+        return Ok(request.rootfs.clone());
+    }
+    let path = Path::new(&request.bundle).join(spec.root()?.path());
+    let source = path
+        .into_os_string()
+        .into_string()
+        .map_err(|path| Error::Invalid {
+            field: "root.path",
+            value: path.to_string_lossy().into_owned(),
+            problem: "no UTF-8",
+        })?;
+    Ok(vec![Mount {
+        type_: "bind".into(),
+        source,
+        options: vec!["rbind".into()],
+        ..Default::default()
+    }])
+}
+
+fn created(request: CreateTaskRequest, pid: u32) -> TaskCreate {
+    TaskCreate {
+        container_id: request.id,
+        bundle: request.bundle,
+        rootfs: request.rootfs,
+        io: MessageField::some(TaskIO {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+            ..Default::default()
+        }),
+        checkpoint: request.checkpoint,
+        pid,
+        ..Default::default()
+    }
+}
+
+fn failed(operation: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
+    let path = path.into();
+    move |source| Error::Io {
+        operation,
+        path,
+        source,
+    }
+}

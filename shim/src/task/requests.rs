@@ -1,0 +1,187 @@
+//! Requests about a container as it is: its processes, limits and use, freezing, terminals, standard input.
+
+use containerd_shim_protos::api::{
+    CloseIORequest, PauseRequest, PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest,
+    ResumeRequest, StatsRequest, StatsResponse, UpdateTaskRequest,
+};
+use containerd_shim_protos::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, PidsStat};
+use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageField};
+use ttrpc::Code;
+use ttrpc::context::Context;
+
+use super::{Tasks, process, process_mut};
+use crate::annotations::Kind;
+use crate::error::Error;
+use crate::process::{Change, Phase};
+
+/// The type of the statistics that Stats answers.
+const METRICS_TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
+
+/// The type of the details of a process that Pids answers.
+const DETAILS_TYPE_URL: &str = "containerd.runc.v1.ProcessDetails";
+
+impl Tasks {
+    /// The processes of a container. All have the number of the host's process that stands for the container: the guest's mean nothing here.
+    pub(super) async fn pids(&self, request: PidsRequest) -> Result<PidsResponse, Error> {
+        let (kind, phase, pid) = self.with(&request.id, |container| {
+            Ok((container.kind, container.init.phase, container.pid))
+        })?;
+        let processes = match (kind, phase) {
+            (_, Phase::Stopped) => Vec::new(),
+            (Kind::Sandbox, _) => vec![ProcessInfo::new()],
+            (Kind::Member | Kind::Single, _) => {
+                self.sandbox
+                    .ask(|agent| async move { agent.pids(Context::default(), &request).await })
+                    .await?
+                    .processes
+            }
+        };
+        let on_host = |process: ProcessInfo| ProcessInfo {
+            pid,
+            info: process
+                .info
+                .into_option()
+                .filter(|info| info.type_url == DETAILS_TYPE_URL)
+                .into(),
+            ..Default::default()
+        };
+        Ok(PidsResponse {
+            processes: processes.into_iter().map(on_host).collect(),
+            ..Default::default()
+        })
+    }
+
+    /// Freezes a container.
+    pub(super) async fn pause(&self, request: PauseRequest) -> Result<(), Error> {
+        let id = request.id.clone();
+        self.with(&id, |container| {
+            if container.kind == Kind::Sandbox {
+                return Err(Error::Unsupported("pausing the sandbox of a pod"));
+            }
+            let refused = |phase| Error::Phase {
+                operation: "pause",
+                phase,
+            };
+            container.init.change(Change::Pause).map_err(refused)
+        })?;
+        let paused = self
+            .sandbox
+            .ask(|agent| async move { agent.pause(Context::default(), &request).await })
+            .await;
+        self.with(&id, |container| {
+            container.paused(paused.is_ok(), &self.events);
+            Ok(())
+        })?;
+        paused.map(drop)
+    }
+
+    /// Thaws a container.
+    pub(super) async fn resume(&self, request: ResumeRequest) -> Result<(), Error> {
+        let id = request.id.clone();
+        self.with(&id, |container| match container.init.phase {
+            Phase::Paused => Ok(()),
+            phase => Err(Error::Phase {
+                operation: "resume",
+                phase,
+            }),
+        })?;
+        self.sandbox
+            .ask(|agent| async move { agent.resume(Context::default(), &request).await })
+            .await?;
+        self.with(&id, |container| {
+            container.resumed(&self.events);
+            Ok(())
+        })
+    }
+
+    /// Tells a terminal its size. A process without one, or that has ended, needs none.
+    pub(super) async fn resize_pty(&self, request: ResizePtyRequest) -> Result<(), Error> {
+        let has_terminal = self.with(&request.id, |container| {
+            let process = process(container, &request.exec_id)?;
+            Ok(process.stdio.terminal && process.phase != Phase::Stopped)
+        })?;
+        if !has_terminal {
+            return Ok(());
+        }
+        self.sandbox
+            .ask(|agent| async move { agent.resize_pty(Context::default(), &request).await })
+            .await
+            .map(drop)
+    }
+
+    /// Ends a process's standard input, after what was written to it.
+    pub(super) fn close_io(&self, request: &CloseIORequest) -> Result<(), Error> {
+        self.with(&request.id, |container| {
+            let process = process_mut(container, &request.exec_id)?;
+            if let (true, Some(streams)) = (request.stdin, &mut process.streams) {
+                streams.close_stdin();
+            }
+            Ok(())
+        })
+    }
+
+    /// Changes the limits of a container.
+    pub(super) async fn update(&self, request: UpdateTaskRequest) -> Result<(), Error> {
+        self.with(&request.id, |container| match container.init.phase {
+            _ if container.kind == Kind::Sandbox => Err(Error::Unsupported(
+                "changing the limits of the sandbox of a pod",
+            )),
+            Phase::Stopped => Err(Error::Phase {
+                operation: "change the limits of",
+                phase: Phase::Stopped,
+            }),
+            _ => Ok(()),
+        })?;
+        self.sandbox
+            .ask(|agent| async move { agent.update(Context::default(), &request).await })
+            .await
+            .map(drop)
+    }
+
+    /// What a container uses.
+    pub(super) async fn stats(&self, request: StatsRequest) -> Result<StatsResponse, Error> {
+        let kind = self.with(&request.id, |container| match container.init.phase {
+            Phase::Stopped => Err(Error::Finished),
+            _ => Ok(container.kind),
+        })?;
+        let stats = match kind {
+            Kind::Sandbox => idle()?,
+            Kind::Member | Kind::Single => {
+                let asked = |agent: containerd_shim_protos::shim_async::TaskClient| async move {
+                    agent.stats(Context::default(), &request).await
+                };
+                let stats = self.sandbox.ask(asked).await?.stats.into_option();
+                stats
+                    .filter(|stats| stats.type_url == METRICS_TYPE_URL)
+                    .ok_or(Error::Agent {
+                        code: Code::INTERNAL,
+                        text: format!("the agent's statistics are no {METRICS_TYPE_URL}"),
+                    })?
+            }
+        };
+        Ok(StatsResponse {
+            stats: MessageField::some(stats),
+            ..Default::default()
+        })
+    }
+}
+
+/// The statistics of the pause process, which is there in name only.
+fn idle() -> Result<Any, Error> {
+    let metrics = Metrics {
+        pids: MessageField::some(PidsStat::new()),
+        cpu: MessageField::some(CPUStat::new()),
+        memory: MessageField::some(MemoryStat::new()),
+        ..Default::default()
+    };
+    let value = metrics.write_to_bytes().map_err(|error| Error::Agent {
+        code: Code::INTERNAL,
+        text: error.to_string(),
+    })?;
+    Ok(Any {
+        type_url: METRICS_TYPE_URL.into(),
+        value,
+        ..Default::default()
+    })
+}

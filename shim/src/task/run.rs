@@ -1,0 +1,344 @@
+//! From a created process to a deleted one.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_shim_protos::api::{
+    DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, StartRequest, WaitRequest,
+};
+use containerd_shim_protos::events::task::TaskExecAdded;
+use protobuf::MessageField;
+use ttrpc::Code;
+use ttrpc::context::Context;
+
+use super::{Tasks, process, process_mut};
+use crate::annotations::Kind;
+use crate::args::is_identifier;
+use crate::container::Container;
+use crate::error::Error;
+use crate::process::{Change, Exit, KILLED, Phase, Process};
+use crate::spec;
+use crate::streams::{Ends, Stdio};
+
+/// How long Delete waits for the last output to be read. containerd gives Delete ten seconds in all.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a guest may take to end a killed container that has a machine to itself; then the machine ends.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
+
+impl Tasks {
+    /// Starts a process, and returns the number of the host's process that stands for it.
+    pub(super) async fn start(self: &Arc<Self>, request: StartRequest) -> Result<u32, Error> {
+        let (id, exec_id) = (request.id.clone(), request.exec_id.clone());
+        let (kind, pid) = self.with(&id, |container| {
+            let refused = |phase| Error::Phase {
+                operation: "start",
+                phase,
+            };
+            if !exec_id.is_empty() && container.init_has_ended() {
+                return Err(refused(Phase::Stopped));
+            }
+            let process = process_mut(container, &exec_id)?;
+            process.change(Change::Start).map_err(refused)?;
+            if container.kind == Kind::Sandbox {
+                container.started(&exec_id, &self.events);
+            }
+            Ok((container.kind, container.pid))
+        })?;
+        if kind == Kind::Sandbox {
+            return Ok(pid);
+        }
+        let started = self
+            .sandbox
+            .ask(|agent| async move { agent.start(Context::default(), &request).await })
+            .await;
+        self.with(&id, |container| {
+            match &started {
+                Ok(_) => container.started(&exec_id, &self.events),
+                Err(_) => container.start_failed(&exec_id, &self.events),
+            }
+            Ok(())
+        })?;
+        started?;
+        if !exec_id.is_empty() {
+            self.watch(&id, &exec_id);
+        }
+        Ok(pid)
+    }
+
+    /// Waits for a process to end in the guest, and notes it.
+    pub(super) fn watch(self: &Arc<Self>, id: &str, exec_id: &str) {
+        let tasks = Arc::clone(self);
+        let request = WaitRequest {
+            id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            ..Default::default()
+        };
+        tokio::spawn(async move {
+            let Some(exit) = tasks.end_in_guest(&request).await else {
+                return;
+            };
+            let drained = tasks.with(&request.id, |container| {
+                container.exited(&request.exec_id, exit, &tasks.events);
+                Ok(drained(container))
+            });
+            if let Ok(drained) = drained {
+                drained.await;
+                tasks.end_if_idle();
+            }
+        });
+    }
+
+    /// How a process ended in the guest; `None` if the machine has ended, which is noted for all its processes at once.
+    async fn end_in_guest(&self, request: &WaitRequest) -> Option<Exit> {
+        loop {
+            let request = request.clone();
+            let (id, exec_id) = (request.id.clone(), request.exec_id.clone());
+            let ended = self
+                .sandbox
+                .ask(|agent| async move { agent.wait(Context::default(), &request).await })
+                .await;
+            match ended {
+                Ok(response) => return Some(Exit::now(response.exit_status)),
+                Err(Error::Disconnected(_)) => {}
+                Err(Error::Machine(_)) => return None,
+                Err(error) => {
+                    log::error!("how {id:?} {exec_id:?} ended is not known: {error}");
+                    return Some(Exit::now(KILLED));
+                }
+            }
+        }
+    }
+
+    /// Sends a signal to a process, or to all of a container.
+    pub(super) async fn kill(self: &Arc<Self>, request: KillRequest) -> Result<(), Error> {
+        let kind = self.with(&request.id, |container| {
+            let process = process(container, &request.exec_id)?;
+            match process.phase {
+                Phase::Stopped => Err(Error::Finished),
+                _ if process.held.is_some() => Err(Error::Finished),
+                Phase::Created if !request.exec_id.is_empty() => Err(Error::Phase {
+                    operation: "kill",
+                    phase: Phase::Created,
+                }),
+                _ => Ok(container.kind),
+            }
+        })?;
+        let is_final = request.signal == libc::SIGKILL as u32 && request.exec_id.is_empty();
+        match kind {
+            Kind::Sandbox => return self.kill_sandbox(&request),
+            Kind::Single if is_final => self.insist(&request.id)?,
+            Kind::Single | Kind::Member => {}
+        }
+        self.sandbox
+            .ask(|agent| async move { agent.kill(Context::default(), &request).await })
+            .await
+            .map(drop)
+    }
+
+    /// The pause process of a pod exists in name only. It ends at the signals at which it does elsewhere, and the machine with it.
+    fn kill_sandbox(self: &Arc<Self>, request: &KillRequest) -> Result<(), Error> {
+        let status = match i32::try_from(request.signal) {
+            Ok(libc::SIGKILL) => KILLED,
+            Ok(libc::SIGTERM | libc::SIGINT) => 0,
+            _ => return Ok(()),
+        };
+        self.with(&request.id, |container| {
+            container.init.held = Some(Exit::now(status));
+            Ok(())
+        })?;
+        self.end_machine();
+        Ok(())
+    }
+
+    /// Sees to it that a killed container with a machine to itself ends, whatever the guest does.
+    fn insist(self: &Arc<Self>, id: &str) -> Result<(), Error> {
+        let ended = self.with(id, |container| Ok(container.init.ended()))?;
+        let tasks = Arc::clone(self);
+        tokio::spawn(async move {
+            if tokio::time::timeout(KILL_PATIENCE, ended).await.is_err() {
+                log::error!(
+                    "a killed container is still there after {KILL_PATIENCE:?}: its machine ends"
+                );
+                tasks.sandbox.stop().await;
+            }
+        });
+        Ok(())
+    }
+
+    /// Adds a process to a container; Start starts it.
+    pub(super) async fn exec(&self, request: ExecProcessRequest) -> Result<(), Error> {
+        let (id, exec_id) = (request.id.clone(), request.exec_id.clone());
+        if !is_identifier(&exec_id) {
+            return Err(Error::Invalid {
+                field: "exec_id",
+                value: exec_id,
+                problem: "no identifier",
+            });
+        }
+        self.with(&id, |container| {
+            if container.kind == Kind::Sandbox {
+                return Err(Error::Unsupported(
+                    "a process in the sandbox of a pod, which has no files,",
+                ));
+            }
+            if container.init.phase != Phase::Running || container.init_has_ended() {
+                return Err(Error::Phase {
+                    operation: "add a process next to",
+                    phase: container.init.phase,
+                });
+            }
+            if container.execs.contains_key(&exec_id) || !container.adding.insert(exec_id.clone()) {
+                return Err(Error::ProcessExists {
+                    container: id.clone(),
+                    exec: exec_id.clone(),
+                });
+            }
+            Ok(())
+        })?;
+        let added = self.exec_in_guest(request).await;
+        self.with(&id, |container| {
+            container.adding.remove(&exec_id);
+            container.execs.insert(exec_id.clone(), added?);
+            self.events.publish(&TaskExecAdded {
+                container_id: id.clone(),
+                exec_id: exec_id.clone(),
+                ..Default::default()
+            });
+            Ok(())
+        })
+    }
+
+    async fn exec_in_guest(&self, mut request: ExecProcessRequest) -> Result<Process, Error> {
+        let stdio = Stdio {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        };
+        let ends = Ends::open(&stdio)?;
+        if let Some(spec) = request.spec.as_mut() {
+            spec.value = spec::process_into_guest(&spec.value)?;
+        }
+        let (streams, names) = self.sandbox.copy(ends).await?;
+        request.stdin = names.stdin;
+        request.stdout = names.stdout;
+        request.stderr = names.stderr;
+        self.sandbox
+            .ask(|agent| async move { agent.exec(Context::default(), &request).await })
+            .await?;
+        Ok(Process::new(stdio, Some(streams)))
+    }
+
+    /// Forgets a process that does not run; with the init, the container.
+    pub(super) async fn delete(
+        self: &Arc<Self>,
+        request: &DeleteRequest,
+    ) -> Result<DeleteResponse, Error> {
+        let (id, exec_id) = (&request.id, &request.exec_id);
+        let (kind, phase, drained) = self.with(id, |container| {
+            let drained = match exec_id.as_str() {
+                "" => Box::pin(drained(container)) as Drained,
+                _ => Box::pin(drained_process(process(container, exec_id)?)),
+            };
+            let process = process_mut(container, exec_id)?;
+            match process.phase {
+                _ if process.deleting => return Err(Error::Finished),
+                Phase::Created | Phase::Stopped => process.deleting = true,
+                phase => {
+                    return Err(Error::Phase {
+                        operation: "delete",
+                        phase,
+                    });
+                }
+            }
+            let phase = process.phase;
+            Ok((container.kind, phase, drained))
+        })?;
+        // A process that was never started has no output, though its streams are open.
+        if phase == Phase::Stopped {
+            if tokio::time::timeout(DRAIN_PATIENCE, drained).await.is_err() {
+                log::warn!(
+                    "output of {id:?} {exec_id:?} is lost: for {DRAIN_PATIENCE:?} nobody read it"
+                );
+            }
+            self.end_if_idle();
+        }
+        if kind != Kind::Sandbox {
+            if let Err(error) = self.delete_in_guest(request).await {
+                self.with(id, |container| {
+                    process_mut(container, exec_id)?.deleting = false;
+                    Ok(())
+                })?;
+                return Err(error);
+            }
+        }
+        let (exit, pid) = self.with(id, |container| {
+            let exit = process(container, exec_id)?.exit();
+            let exit = exit.unwrap_or_else(|| Exit::now(0));
+            if exec_id.is_empty() {
+                container.deleted(exit, &self.events);
+            } else {
+                container.execs.remove(exec_id);
+            }
+            Ok((exit, container.pid))
+        })?;
+        if exec_id.is_empty() {
+            self.table().entries.remove(id);
+            self.end_if_idle();
+        }
+        Ok(DeleteResponse {
+            pid,
+            exit_status: exit.status,
+            exited_at: MessageField::some(exit.timestamp()),
+            ..Default::default()
+        })
+    }
+
+    /// Has the guest let go of a process, and of a container's disks, unless they go with the machine.
+    async fn delete_in_guest(&self, request: &DeleteRequest) -> Result<(), Error> {
+        if self.sandbox.is_ending() {
+            return Ok(());
+        }
+        let asked = request.clone();
+        let deleted = self
+            .sandbox
+            .ask(|agent| async move { agent.delete(Context::default(), &asked).await })
+            .await;
+        match deleted {
+            Ok(_) => {}
+            Err(error) if error.code() == Code::NOT_FOUND => {}
+            Err(Error::Machine(_)) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+        if request.exec_id.is_empty() {
+            let slots = self.with(&request.id, |container| Ok(container.slots.clone()))?;
+            self.sandbox.detach(&slots).await;
+        }
+        Ok(())
+    }
+}
+
+type Drained = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Waits until all output of a container's processes is delivered.
+fn drained(container: &Container) -> impl Future<Output = ()> + Send + use<> {
+    let processes = std::iter::once(&container.init).chain(container.execs.values());
+    let drained: Vec<_> = processes.map(drained_process).collect();
+    async move {
+        for process in drained {
+            process.await;
+        }
+    }
+}
+
+/// Waits until all output of a process is delivered.
+fn drained_process(process: &Process) -> impl Future<Output = ()> + Send + use<> {
+    let drained = process.streams.as_ref().map(|streams| streams.drained());
+    async move {
+        if let Some(drained) = drained {
+            drained.await;
+        }
+    }
+}
