@@ -1,0 +1,731 @@
+//! The shim's binary, called as containerd calls it, with a VMM that is this executable: the real process, sockets, jail and
+//! control protocol, and no machine.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "what fails here fails the test; clippy sees tests only under the harness that this one does without"
+)]
+
+mod guest;
+mod harness;
+
+use std::future::Future;
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use containerd_shim_protos::api::{
+    CheckpointTaskRequest, CloseIORequest, PauseRequest, PidsRequest, ResizePtyRequest,
+    ResumeRequest, StatsRequest, Status, UpdateTaskRequest,
+};
+use nix::sys::signal::Signal;
+use protobuf::Message;
+use protobuf::well_known_types::any::Any;
+use serde_json::json;
+use ttrpc::Code;
+
+use harness::{Host, PATIENCE, Shim, code, context, gone, kill, read_all, text};
+
+const KILL: i32 = 9;
+const TERM: i32 = 15;
+
+async fn a_container_lives_and_ends() {
+    let mut host = Host::new().await;
+    let bundle = host.bundle("c1", &["exit", "3"], json!({}));
+    let shim = host.shim(&bundle).await;
+    assert_eq!(
+        code(&shim.state("c1", "").await.unwrap_err()),
+        Code::NOT_FOUND
+    );
+    let request = host.create_request(&bundle);
+    let pid = shim.task.create(context(), &request).await.unwrap().pid;
+    assert!(pid > 0);
+    let again = shim.task.create(context(), &request).await.unwrap_err();
+    assert_eq!(code(&again), Code::ALREADY_EXISTS);
+    let state = shim.state("c1", "").await.unwrap();
+    assert_eq!((state.status.unwrap(), state.pid), (Status::CREATED, pid));
+    assert_eq!(
+        (state.id.as_str(), state.bundle.as_str()),
+        ("c1", bundle.to_str().unwrap())
+    );
+
+    let waiters: Vec<_> = (0..20)
+        .map(|_| {
+            let shim = shim.clone();
+            tokio::spawn(async move { shim.wait("c1", "").await.unwrap() })
+        })
+        .collect();
+    assert_eq!(shim.start("c1", "").await.unwrap(), pid);
+    let exit = shim.wait("c1", "").await.unwrap();
+    assert_eq!(exit.exit_status, 3);
+    for waiter in waiters {
+        assert_eq!(waiter.await.unwrap(), exit);
+    }
+    let state = shim.state("c1", "").await.unwrap();
+    assert_eq!(
+        (state.status.unwrap(), state.exit_status),
+        (Status::STOPPED, 3)
+    );
+    assert_eq!(state.exited_at, exit.exited_at);
+    assert_eq!(
+        code(&shim.kill("c1", "", KILL).await.unwrap_err()),
+        Code::NOT_FOUND
+    );
+    assert_eq!(
+        code(&shim.start("c1", "").await.unwrap_err()),
+        Code::FAILED_PRECONDITION
+    );
+    // The machine is there for this container alone, and goes with it.
+    gone(pid).await;
+    let deleted = shim.delete("c1", "").await.unwrap();
+    assert_eq!((deleted.pid, deleted.exit_status), (pid, 3));
+    assert_eq!(deleted.exited_at, exit.exited_at);
+    assert_eq!(
+        code(&shim.delete("c1", "").await.unwrap_err()),
+        Code::NOT_FOUND
+    );
+    host.expect(&["create", "start", "exit c1 3", "delete"])
+        .await;
+    shim.shut_down().await;
+    host.expect_no_more();
+    assert_eq!(host.remains(), [""; 0]);
+}
+
+async fn both_names_of_the_service_are_served() {
+    let host = Host::new().await;
+    let shim = host.shim(&host.bundle("c1", &["wait"], json!({}))).await;
+    for service in ["containerd.task.v2.Task", "containerd.task.v3.Task"] {
+        let request = |method: &str| ttrpc::Request {
+            service: service.into(),
+            method: method.into(),
+            timeout_nano: PATIENCE.as_nanos() as i64,
+            ..Default::default()
+        };
+        let response = shim.client.request(request("Connect")).await.unwrap();
+        let response =
+            containerd_shim_protos::api::ConnectResponse::parse_from_bytes(&response.payload);
+        assert!(response.unwrap().shim_pid > 0);
+        let error = shim.client.request(request("Dance")).await.unwrap_err();
+        assert_eq!(code(&error), Code::UNIMPLEMENTED);
+    }
+    let checkpoint = CheckpointTaskRequest::new();
+    let error = shim
+        .task
+        .checkpoint(context(), &checkpoint)
+        .await
+        .unwrap_err();
+    assert_eq!(code(&error), Code::UNIMPLEMENTED);
+    shim.shut_down().await;
+}
+
+async fn streams_pass_through() {
+    let mut host = Host::new().await;
+    let bundle = host.bundle("c1", &["cat"], json!({}));
+    let shim = host.shim(&bundle).await;
+    let mut request = host.create_request(&bundle);
+    let (stdin, mut writer) = host.fifo("in");
+    let (stdout, reader) = host.fifo("out");
+    request.stdin = stdin.clone();
+    request.stdout = stdout;
+    shim.task.create(context(), &request).await.unwrap();
+    assert_eq!(shim.state("c1", "").await.unwrap().stdin, stdin);
+    shim.start("c1", "").await.unwrap();
+    let data: Vec<u8> = (0..4u32 << 20).map(|n| (n / 3) as u8).collect();
+    let sent = data.clone();
+    let write = tokio::task::spawn_blocking(move || {
+        nix::fcntl::fcntl(
+            &writer,
+            nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty()),
+        )
+        .unwrap();
+        writer.write_all(&sent).unwrap();
+    });
+    let close = async {
+        write.await.unwrap();
+        let request = CloseIORequest {
+            id: "c1".into(),
+            stdin: true,
+            ..Default::default()
+        };
+        shim.task.close_io(context(), &request).await.unwrap();
+        shim.task.close_io(context(), &request).await.unwrap();
+    };
+    let ((), received) = tokio::join!(close, read_all(reader));
+    assert!(received == data);
+    assert_eq!(shim.wait("c1", "").await.unwrap().exit_status, 0);
+    shim.delete("c1", "").await.unwrap();
+    host.expect(&["create", "start", "exit c1 0", "delete"])
+        .await;
+    shim.shut_down().await;
+}
+
+async fn a_missing_program_fails_in_create_and_leaves_nothing() {
+    let mut host = Host::new().await;
+    let bundle = host.bundle("c1", &["missing"], json!({}));
+    let shim = host.shim(&bundle).await;
+    let request = host.create_request(&bundle);
+    let error = shim.task.create(context(), &request).await.unwrap_err();
+    assert_eq!(code(&error), Code::NOT_FOUND);
+    assert!(
+        text(&error).contains("executable file not found"),
+        "{error}"
+    );
+    assert_eq!(
+        code(&shim.state("c1", "").await.unwrap_err()),
+        Code::NOT_FOUND
+    );
+    shim.shut_down().await;
+    host.expect_no_more();
+    assert_eq!(host.remains(), [""; 0]);
+}
+
+async fn execs_have_lives_of_their_own() {
+    let mut host = Host::new().await;
+    let bundle = host.bundle("c1", &["wait"], json!({}));
+    let shim = host.shim(&bundle).await;
+    let request = host.create_request(&bundle);
+    shim.task.create(context(), &request).await.unwrap();
+    let early = shim.exec("c1", "early", &["exit", "0"]).await.unwrap_err();
+    assert_eq!(code(&early), Code::FAILED_PRECONDITION);
+    shim.start("c1", "").await.unwrap();
+    shim.exec("c1", "x", &["exit", "7"]).await.unwrap();
+    let twice = shim.exec("c1", "x", &["exit", "7"]).await.unwrap_err();
+    assert_eq!(code(&twice), Code::ALREADY_EXISTS);
+    assert_eq!(
+        code(&shim.exec("c1", "../x", &["exit"]).await.unwrap_err()),
+        Code::INVALID_ARGUMENT
+    );
+    assert_eq!(
+        code(&shim.kill("c1", "x", KILL).await.unwrap_err()),
+        Code::FAILED_PRECONDITION
+    );
+    shim.start("c1", "x").await.unwrap();
+    assert_eq!(shim.wait("c1", "x").await.unwrap().exit_status, 7);
+    assert_eq!(shim.delete("c1", "x").await.unwrap().exit_status, 7);
+    assert_eq!(
+        code(&shim.wait("c1", "x").await.unwrap_err()),
+        Code::NOT_FOUND
+    );
+
+    shim.exec("c1", "bad", &["missing"]).await.unwrap();
+    assert_eq!(
+        code(&shim.start("c1", "bad").await.unwrap_err()),
+        Code::NOT_FOUND
+    );
+    assert_eq!(shim.delete("c1", "bad").await.unwrap().exit_status, 0);
+
+    shim.exec("c1", "y", &["wait"]).await.unwrap();
+    shim.exec("c1", "never", &["wait"]).await.unwrap();
+    shim.start("c1", "y").await.unwrap();
+    assert_eq!(
+        code(&shim.delete("c1", "y").await.unwrap_err()),
+        Code::FAILED_PRECONDITION
+    );
+    let pids = PidsRequest {
+        id: "c1".into(),
+        ..Default::default()
+    };
+    assert_eq!(
+        shim.task
+            .pids(context(), &pids)
+            .await
+            .unwrap()
+            .processes
+            .len(),
+        3
+    );
+    // The init ends first, but is told last.
+    shim.kill("c1", "", TERM).await.unwrap();
+    while shim.start("c1", "never").await.map_err(|e| code(&e)) != Err(Code::FAILED_PRECONDITION) {}
+    assert_eq!(shim.status("c1", "").await, Status::RUNNING);
+    shim.kill("c1", "y", KILL).await.unwrap();
+    assert_eq!(shim.wait("c1", "").await.unwrap().exit_status, 143);
+    shim.delete("c1", "").await.unwrap();
+    host.expect(&["create", "start"]).await;
+    host.expect(&["exec-added", "exec-started", "exit x 7"])
+        .await;
+    host.expect(&["exec-added", "exec-added", "exec-added", "exec-started"])
+        .await;
+    host.expect(&["exit y 137", "exit c1 143", "delete"]).await;
+    shim.shut_down().await;
+    host.expect_no_more();
+}
+
+async fn a_start_is_told_before_its_end() {
+    let mut host = Host::new().await;
+    let bundle = host.bundle("c1", &["quick"], json!({}));
+    let shim = host.shim(&bundle).await;
+    let request = host.create_request(&bundle);
+    shim.task.create(context(), &request).await.unwrap();
+    shim.start("c1", "").await.unwrap();
+    assert_eq!(shim.wait("c1", "").await.unwrap().exit_status, 5);
+    host.expect(&["create", "start", "exit c1 5"]).await;
+    shim.delete("c1", "").await.unwrap();
+    shim.shut_down().await;
+}
+
+async fn want_of_memory_is_told_before_the_end() {
+    let mut host = Host::new().await;
+    let bundle = host.bundle("c1", &["eat"], json!({}));
+    let shim = host.shim(&bundle).await;
+    let request = host.create_request(&bundle);
+    shim.task.create(context(), &request).await.unwrap();
+    shim.start("c1", "").await.unwrap();
+    host.expect(&["create", "start", "oom c1", "exit c1 137"])
+        .await;
+    shim.delete("c1", "").await.unwrap();
+    shim.shut_down().await;
+}
+
+async fn requests_reach_the_guest_and_its_refusals_the_client() {
+    let mut host = Host::new().await;
+    let bundle = host.bundle("c1", &["wait"], json!({}));
+    let shim = host.shim(&bundle).await;
+    let request = host.create_request(&bundle);
+    shim.task.create(context(), &request).await.unwrap();
+    shim.start("c1", "").await.unwrap();
+    let id = "c1".to_owned();
+    let pause = PauseRequest {
+        id: id.clone(),
+        ..Default::default()
+    };
+    let resume = ResumeRequest {
+        id: id.clone(),
+        ..Default::default()
+    };
+    let error = shim.task.resume(context(), &resume).await.unwrap_err();
+    assert_eq!(code(&error), Code::FAILED_PRECONDITION);
+    shim.task.pause(context(), &pause).await.unwrap();
+    assert_eq!(shim.status("c1", "").await, Status::PAUSED);
+    assert_eq!(
+        code(&shim.exec("c1", "x", &["wait"]).await.unwrap_err()),
+        Code::FAILED_PRECONDITION
+    );
+    shim.task.resume(context(), &resume).await.unwrap();
+    assert_eq!(shim.status("c1", "").await, Status::RUNNING);
+
+    let stats = StatsRequest {
+        id: id.clone(),
+        ..Default::default()
+    };
+    let stats = shim
+        .task
+        .stats(context(), &stats)
+        .await
+        .unwrap()
+        .stats
+        .unwrap();
+    assert_eq!(stats.value, b"c1");
+    let update = |resources: &str| UpdateTaskRequest {
+        id: id.clone(),
+        resources: Some(Any {
+            value: resources.into(),
+            ..Default::default()
+        })
+        .into(),
+        ..Default::default()
+    };
+    shim.task.update(context(), &update("{}")).await.unwrap();
+    let error = shim
+        .task
+        .update(context(), &update("{ }"))
+        .await
+        .unwrap_err();
+    assert_eq!(
+        (code(&error), text(&error).as_str()),
+        (Code::OUT_OF_RANGE, "too much")
+    );
+    // Without a terminal there is nothing to resize.
+    let resize = ResizePtyRequest {
+        id: id.clone(),
+        width: 80,
+        ..Default::default()
+    };
+    shim.task.resize_pty(context(), &resize).await.unwrap();
+
+    // A frozen container can be killed.
+    shim.task.pause(context(), &pause).await.unwrap();
+    shim.kill("c1", "", KILL).await.unwrap();
+    assert_eq!(shim.wait("c1", "").await.unwrap().exit_status, 137);
+    host.expect(&[
+        "create",
+        "start",
+        "paused",
+        "resumed",
+        "paused",
+        "exit c1 137",
+    ])
+    .await;
+    shim.delete("c1", "").await.unwrap();
+    shim.shut_down().await;
+}
+
+async fn what_was_never_started_can_be_killed_and_deleted() {
+    let mut host = Host::new().await;
+    for (id, kill) in [("c1", true), ("c2", false)] {
+        let bundle = host.bundle(id, &["wait"], json!({}));
+        let shim = host.shim(&bundle).await;
+        let request = host.create_request(&bundle);
+        let pid = shim.task.create(context(), &request).await.unwrap().pid;
+        host.expect(&["create"]).await;
+        if kill {
+            shim.kill(id, "", KILL).await.unwrap();
+            assert_eq!(shim.wait(id, "").await.unwrap().exit_status, 137);
+            host.expect(&["exit c1 137"]).await;
+        }
+        let deleted = shim.delete(id, "").await.unwrap();
+        assert_eq!(deleted.exit_status, if kill { 137 } else { 0 });
+        assert!(deleted.exited_at.seconds > 0);
+        host.expect(&["delete"]).await;
+        gone(pid).await;
+        shim.shut_down().await;
+        host.expect_no_more();
+    }
+}
+
+async fn a_machine_that_ends_ends_all_and_says_why() {
+    let mut host = Host::new().await;
+    let bundle = host.bundle("c1", &["wait"], json!({}));
+    let shim = host.shim(&bundle).await;
+    let request = host.create_request(&bundle);
+    let pid = shim.task.create(context(), &request).await.unwrap().pid;
+    shim.start("c1", "").await.unwrap();
+    shim.exec("c1", "x", &["wait"]).await.unwrap();
+    shim.start("c1", "x").await.unwrap();
+    shim.exec("c1", "s", &["stuck"]).await.unwrap();
+    let stuck = tokio::spawn({
+        let shim = shim.clone();
+        async move { shim.start("c1", "s").await.unwrap_err() }
+    });
+    host.expect(&[
+        "create",
+        "start",
+        "exec-added",
+        "exec-started",
+        "exec-added",
+    ])
+    .await;
+    // Whatever hangs, state is known.
+    while shim.state("c1", "s").await.unwrap().status.unwrap() != Status::CREATED {}
+    kill(pid, Signal::SIGKILL);
+    let error = stuck.await.unwrap();
+    assert_eq!(code(&error), Code::UNAVAILABLE);
+    assert!(
+        text(&error).contains("killed by SIGKILL") && text(&error).contains("guest: up"),
+        "{error}"
+    );
+    assert_eq!(shim.wait("c1", "x").await.unwrap().exit_status, 137);
+    assert_eq!(shim.wait("c1", "").await.unwrap().exit_status, 137);
+    host.expect(&["exit x 137", "exit c1 137"]).await;
+    assert_eq!(
+        code(&shim.kill("c1", "", KILL).await.unwrap_err()),
+        Code::NOT_FOUND
+    );
+    assert_eq!(shim.delete("c1", "").await.unwrap().exit_status, 137);
+    host.expect(&["delete"]).await;
+    shim.shut_down().await;
+    assert_eq!(host.remains(), [""; 0]);
+}
+
+async fn a_machine_that_does_not_come_up_says_why() {
+    let mut host = Host::new().await;
+    host.configure("kernel_params = \"test.panic\"");
+    let bundle = host.bundle("c1", &["wait"], json!({}));
+    let shim = host.shim(&bundle).await;
+    let request = host.create_request(&bundle);
+    let error = shim.task.create(context(), &request).await.unwrap_err();
+    assert_eq!(code(&error), Code::UNAVAILABLE);
+    assert!(
+        text(&error).contains("Kernel panic - not syncing"),
+        "{error}"
+    );
+    shim.shut_down().await;
+    assert_eq!(host.remains(), [""; 0]);
+}
+
+async fn a_wrong_configuration_is_named() {
+    for (line, expected) in [
+        ("kernal = 1", "unknown field `kernal`"),
+        ("kernel = \"/nonexistent/vmlinux\"", "duplicate key"),
+        ("default_vcpus = 33", "it must be 1 to 32"),
+    ] {
+        let mut host = Host::new().await;
+        host.configure(line);
+        let bundle = host.bundle("c1", &["wait"], json!({}));
+        let shim = host.shim(&bundle).await;
+        let request = host.create_request(&bundle);
+        let error = shim.task.create(context(), &request).await.unwrap_err();
+        assert_eq!(code(&error), Code::INVALID_ARGUMENT);
+        assert!(text(&error).contains(expected), "{error}");
+        shim.shut_down().await;
+    }
+}
+
+async fn nothing_waits_for_a_machine_that_boots() {
+    let mut host = Host::new().await;
+    host.configure("kernel_params = \"test.hang\"");
+    let bundle = host.bundle("c1", &["wait"], json!({}));
+    let shim = host.shim(&bundle).await;
+    let request = host.create_request(&bundle);
+    let (pid, _) = shim.pids("c1").await;
+    let create = tokio::spawn({
+        let shim = shim.clone();
+        async move { shim.task.create(context(), &request).await }
+    });
+    for _ in 0..100 {
+        let asked = Instant::now();
+        assert_eq!(
+            code(&shim.state("c1", "").await.unwrap_err()),
+            Code::NOT_FOUND
+        );
+        assert!(asked.elapsed() < Duration::from_secs(2));
+    }
+    // Shutdown does not end a shim that is making a container; a signal does, and with it the machine.
+    shim.task
+        .shutdown(context(), &Default::default())
+        .await
+        .unwrap();
+    shim.pids("c1").await;
+    kill(pid, Signal::SIGTERM);
+    gone(pid).await;
+    assert!(create.await.unwrap().is_err());
+    assert_eq!(host.remains(), [""; 0]);
+}
+
+async fn a_pod_outlives_its_containers() {
+    let mut host = Host::new().await;
+    let annotations = |kind: &str| {
+        json!({
+            "io.kubernetes.cri.container-type": kind,
+            "io.kubernetes.cri.sandbox-id": "pod",
+        })
+    };
+    let early = host.bundle("early", &["wait"], annotations("container"));
+    let shim = host.shim(&early).await;
+    let error = shim
+        .task
+        .create(context(), &host.create_request(&early))
+        .await
+        .unwrap_err();
+    assert_eq!(code(&error), Code::FAILED_PRECONDITION);
+    shim.shut_down().await;
+
+    let bundle = host.bundle("pod", &["/pause"], annotations("sandbox"));
+    let address = host.start(&bundle).unwrap();
+    let pod = Shim::connect(&address).await;
+    let pid = pod
+        .task
+        .create(context(), &host.create_request(&bundle))
+        .await
+        .unwrap()
+        .pid;
+    pod.start("pod", "").await.unwrap();
+    host.expect(&["create", "start"]).await;
+    assert_eq!(
+        code(&pod.exec("pod", "x", &["sh"]).await.unwrap_err()),
+        Code::UNIMPLEMENTED
+    );
+    // A container may come, end and come again; the machine stays.
+    for round in ["1", "2", "3"] {
+        let bundle = host.bundle("c1", &["exit", round], annotations("container"));
+        assert_eq!(
+            host.start(&bundle).unwrap(),
+            address,
+            "one shim for the pod"
+        );
+        let shim = Shim::connect(&address).await;
+        shim.task
+            .create(context(), &host.create_request(&bundle))
+            .await
+            .unwrap();
+        shim.start("c1", "").await.unwrap();
+        assert_eq!(
+            shim.wait("c1", "").await.unwrap().exit_status.to_string(),
+            round
+        );
+        shim.delete("c1", "").await.unwrap();
+        shim.task
+            .shutdown(context(), &Default::default())
+            .await
+            .unwrap();
+        host.expect(&["create", "start", &format!("exit c1 {round}"), "delete"])
+            .await;
+    }
+    let bundle = host.bundle("c2", &["wait"], annotations("container"));
+    pod.task
+        .create(context(), &host.create_request(&bundle))
+        .await
+        .unwrap();
+    pod.start("c2", "").await.unwrap();
+    assert_eq!(pod.pids("pod").await.1, pid);
+    pod.kill("pod", "", KILL).await.unwrap();
+    assert_eq!(pod.wait("pod", "").await.unwrap().exit_status, 137);
+    host.expect(&["create", "start", "exit c2 137", "exit pod 137"])
+        .await;
+    gone(pid).await;
+    pod.delete("c2", "").await.unwrap();
+    pod.delete("pod", "").await.unwrap();
+    host.expect(&["delete", "delete"]).await;
+    pod.shut_down().await;
+    assert_eq!(host.remains(), [""; 0]);
+}
+
+async fn delete_cleans_up_after_a_dead_shim() {
+    let mut host = Host::new().await;
+    let bundle = host.bundle("c1", &["wait"], json!({}));
+    // Before anything was made.
+    assert_eq!(host.delete(&bundle).exit_status, 137);
+    let shim = host.shim(&bundle).await;
+    let pid = shim
+        .task
+        .create(context(), &host.create_request(&bundle))
+        .await
+        .unwrap()
+        .pid;
+    shim.start("c1", "").await.unwrap();
+    let (shim_pid, _) = shim.pids("c1").await;
+    kill(shim_pid, Signal::SIGKILL);
+    gone(shim_pid).await;
+    for _ in 0..2 {
+        let asked = Instant::now();
+        let response = host.delete(&bundle);
+        assert_eq!(response.exit_status, 137);
+        assert!(response.exited_at.seconds > 0 && asked.elapsed() < Duration::from_secs(5));
+    }
+    gone(pid).await;
+    assert_eq!(host.remains(), [""; 0]);
+    // And there can be another.
+    let shim = host.shim(&bundle).await;
+    shim.task
+        .create(context(), &host.create_request(&bundle))
+        .await
+        .unwrap();
+    shim.kill("c1", "", KILL).await.unwrap();
+    shim.wait("c1", "").await.unwrap();
+    shim.delete("c1", "").await.unwrap();
+    shim.shut_down().await;
+    assert_eq!(host.remains(), [""; 0]);
+    host.hang_up().await;
+}
+
+async fn delete_ends_a_shim_that_hangs() {
+    let host = Host::new().await;
+    let bundle = host.bundle("c1", &["wait"], json!({}));
+    let shim = host.shim(&bundle).await;
+    let pid = shim
+        .task
+        .create(context(), &host.create_request(&bundle))
+        .await
+        .unwrap()
+        .pid;
+    let (shim_pid, _) = shim.pids("c1").await;
+    kill(shim_pid, Signal::SIGSTOP);
+    assert_eq!(host.delete(&bundle).exit_status, 137);
+    gone(shim_pid).await;
+    gone(pid).await;
+    assert_eq!(host.remains(), [""; 0]);
+}
+
+async fn a_restart_of_containerd_loses_nothing() {
+    let mut host = Host::new().await;
+    let bundle = host.bundle("c1", &["cat"], json!({}));
+    let address = host.start(&bundle).unwrap();
+    let shim = Shim::connect(&address).await;
+    let mut request = host.create_request(&bundle);
+    let (stdin, mut writer) = host.fifo("in");
+    let (stdout, reader) = host.fifo("out");
+    request.stdin = stdin;
+    request.stdout = stdout.clone();
+    shim.task.create(context(), &request).await.unwrap();
+    shim.start("c1", "").await.unwrap();
+    host.expect(&["create", "start"]).await;
+    host.hang_up().await;
+    drop((shim, reader));
+    writer.write_all(b"meanwhile").unwrap();
+    let shim = Shim::connect(&address).await;
+    assert_eq!(shim.status("c1", "").await, Status::RUNNING);
+    let close = CloseIORequest {
+        id: "c1".into(),
+        stdin: true,
+        ..Default::default()
+    };
+    shim.task.close_io(context(), &close).await.unwrap();
+    drop(writer);
+    let reader = tokio::net::unix::pipe::OpenOptions::new()
+        .open_receiver(&stdout)
+        .unwrap();
+    let reader = reader.into_nonblocking_fd().unwrap().into();
+    assert_eq!(read_all(reader).await, b"meanwhile");
+    assert_eq!(shim.wait("c1", "").await.unwrap().exit_status, 0);
+    host.listen().await;
+    host.expect(&["exit c1 0"]).await;
+    shim.delete("c1", "").await.unwrap();
+    host.expect(&["delete"]).await;
+    shim.shut_down().await;
+}
+
+async fn the_answer_of_old_is_a_plain_address() {
+    let host = Host::new().await;
+    let bundle = host.bundle("c1", &["wait"], json!({}));
+    let address = host.start_plainly(&bundle).unwrap();
+    assert!(
+        address.starts_with("unix:///run/containerd/s/"),
+        "{address}"
+    );
+    assert_eq!(host.start_plainly(&bundle).unwrap(), address);
+    let shim = Shim::connect(&address).await;
+    shim.shut_down().await;
+    assert!(!shim.socket.exists());
+    std::fs::remove_file(bundle.join("config.json")).unwrap();
+    let error = host.start_plainly(&bundle).unwrap_err();
+    assert!(error.contains("config.json: No such file"), "{error}");
+    assert_eq!(host.remains(), [""; 0]);
+}
+
+macro_rules! run {
+    ($($test:ident),* $(,)?) => { $(run(stringify!($test), $test);)* };
+}
+
+fn run<F: Future<Output = ()>>(name: &str, test: impl FnOnce() -> F) {
+    if std::env::args()
+        .nth(1)
+        .is_some_and(|filter| !name.contains(&filter))
+    {
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    println!("test {name} ...");
+    let ended = runtime.block_on(async { tokio::time::timeout(2 * PATIENCE, test()).await });
+    assert!(ended.is_ok(), "{name} hangs");
+}
+
+fn main() -> ExitCode {
+    if std::env::args().next().as_deref() == Some("bulkhead-vmm") {
+        guest::main();
+        return ExitCode::SUCCESS;
+    }
+    run![
+        a_container_lives_and_ends,
+        both_names_of_the_service_are_served,
+        streams_pass_through,
+        a_missing_program_fails_in_create_and_leaves_nothing,
+        execs_have_lives_of_their_own,
+        a_start_is_told_before_its_end,
+        want_of_memory_is_told_before_the_end,
+        requests_reach_the_guest_and_its_refusals_the_client,
+        what_was_never_started_can_be_killed_and_deleted,
+        a_machine_that_ends_ends_all_and_says_why,
+        a_machine_that_does_not_come_up_says_why,
+        a_wrong_configuration_is_named,
+        nothing_waits_for_a_machine_that_boots,
+        a_pod_outlives_its_containers,
+        delete_cleans_up_after_a_dead_shim,
+        delete_ends_a_shim_that_hangs,
+        a_restart_of_containerd_loses_nothing,
+        the_answer_of_old_is_a_plain_address,
+    ];
+    ExitCode::SUCCESS
+}
