@@ -6,7 +6,7 @@
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::CWD;
 use rustix::io::Errno;
@@ -128,6 +128,7 @@ fn make_target(path: &Path, directory: bool) -> std::io::Result<()> {
     if path.exists() {
         return Ok(());
     }
+    let path = follow(path);
     if directory {
         return fs::create_dir_all(path);
     }
@@ -137,6 +138,34 @@ fn make_target(path: &Path, directory: bool) -> std::io::Result<()> {
     let mut options = fs::OpenOptions::new();
     options.write(true).create(true).mode(0o755);
     options.open(path).map(drop)
+}
+
+/// Where a path leads if what it names were there: links may lead to what does not exist yet.
+fn follow(path: &Path) -> PathBuf {
+    const MAX_LINKS: usize = 40;
+    let mut followed = PathBuf::from("/");
+    let mut rest: Vec<PathBuf> = reversed(path);
+    let mut links = 0;
+    while let Some(part) = rest.pop() {
+        match part.components().next() {
+            Some(Component::RootDir) => followed = part,
+            Some(Component::ParentDir) => drop(followed.pop()),
+            Some(Component::Normal(_)) => match fs::read_link(followed.join(&part)) {
+                Ok(target) if links < MAX_LINKS => {
+                    links += 1;
+                    rest.extend(reversed(&target));
+                }
+                // No link, or the loop that the mount itself will report.
+                Ok(_) | Err(_) => followed.push(part),
+            },
+            Some(Component::CurDir | Component::Prefix(_)) | None => {}
+        }
+    }
+    followed
+}
+
+fn reversed(path: &Path) -> Vec<PathBuf> {
+    path.iter().rev().map(PathBuf::from).collect()
 }
 
 fn is_directory(file: impl AsFd) -> rustix::io::Result<bool> {

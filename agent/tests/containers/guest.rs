@@ -183,7 +183,16 @@ impl Guest {
     /// A new root with busybox.
     pub fn root(&self) -> PathBuf {
         let root = self.directory.join(format!("root-{}", self.number()));
-        for directory in ["bin", "etc", "tmp", "dev", "proc", "sys", "home/user"] {
+        for directory in [
+            "bin",
+            "etc",
+            "tmp",
+            "dev",
+            "proc",
+            "sys",
+            "run",
+            "home/user",
+        ] {
             std::fs::create_dir_all(root.join(directory)).unwrap();
         }
         let busybox = self.directory.join("busybox");
@@ -305,8 +314,11 @@ impl Guest {
         self.create(&id, spec, root, &streams, false).await?;
         self.start(&id, "").await?;
         drop(streams.input.take());
+        let (output, error) = (streams.output.take(), streams.error.take());
+        let output = std::thread::spawn(|| all(output));
+        let error = std::thread::spawn(|| all(error));
         let status = self.wait(&id, "").await?;
-        let (output, error) = (all(streams.output.take()), all(streams.error.take()));
+        let (output, error) = (output.join().unwrap(), error.join().unwrap());
         self.delete(&id, "").await?;
         Ok(Outcome {
             status,

@@ -1,0 +1,140 @@
+//! Roots and mounts.
+
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use containerd_shim_protos::types::mount::Mount;
+use serde_json::json;
+
+use crate::guest::{Guest, bind, spec};
+
+fn overlay(options: &[&str]) -> Mount {
+    Mount {
+        type_: "overlay".into(),
+        options: options.iter().map(|&option| option.into()).collect(),
+        ..Default::default()
+    }
+}
+
+/// Whether the kernel takes the layers of an overlay one by one, as the guest's does.
+fn kernel_has_layers() -> bool {
+    let release = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
+    let mut numbers = release
+        .split(['.', '-'])
+        .map(|part| part.parse::<u32>().unwrap_or(0));
+    (numbers.next(), numbers.next()) >= (Some(6), Some(8))
+}
+
+pub async fn layers_are_joined_and_written_above(guest: &Guest) {
+    if !kernel_has_layers() {
+        return;
+    }
+    let base = guest.root();
+    let mut roots = Vec::new();
+    // More layers than their names would fit into one page of options.
+    for number in 0..120 {
+        let layer = guest.directory.join(format!("layer-{}", guest.number()));
+        std::fs::create_dir_all(layer.join("tmp")).unwrap();
+        std::fs::write(layer.join("tmp").join(number.to_string()), "").unwrap();
+        roots.push(bind(&layer));
+    }
+    let top = guest.directory.join(&roots[0].source);
+    std::fs::set_permissions(&top, PermissionsExt::from_mode(0o711)).unwrap();
+    roots.push(bind(&base));
+    roots.push(overlay(&["index=off"]));
+    let command = "ls /tmp | wc -l; stat -c %a /; echo new >/bin/new && cat /bin/new; rm /tmp/7; ls /tmp | wc -l";
+    let outcome = guest
+        .run_in(&spec(&["sh", "-c", command]), &roots)
+        .await
+        .unwrap();
+    assert_eq!(
+        (outcome.output.as_str(), outcome.error.as_str()),
+        ("120\n711\nnew\n119\n", "")
+    );
+    assert!(!base.join("bin/new").exists());
+    // The next container of the same layers does not see it.
+    let outcome = guest
+        .run_in(&spec(&["ls", "/bin/new"]), &roots)
+        .await
+        .unwrap();
+    assert_eq!(outcome.status, 1);
+
+    let last = roots.len() - 1;
+    roots[last] = overlay(&["ro"]);
+    let outcome = guest
+        .run_in(&spec(&["sh", "-c", "echo >/x || echo no"]), &roots)
+        .await
+        .unwrap();
+    assert_eq!(outcome.output, "no\n");
+}
+
+pub async fn mounts_have_their_options(guest: &Guest) {
+    let outside = guest.directory.join("outside");
+    std::fs::create_dir_all(outside.join("below")).unwrap();
+    std::fs::write(outside.join("file"), "text\n").unwrap();
+    let command = "cat /in/file /deep/er/file; touch /in/x 2>/dev/null || echo read-only; ls /in; \
+        grep -E ' /(t|in|m) ' /proc/self/mountinfo | while read a b c d place options rest; do echo $place $options; done; stat -c %a:%u /t";
+    let mut spec = spec(&["sh", "-c", command]);
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.push(json!({"destination": "/in", "type": "bind", "source": outside, "options": ["rbind", "ro", "nosuid", "nodev"]}));
+    mounts.push(json!({"destination": "/deep/er/file", "type": "bind", "source": outside.join("file"), "options": ["bind"]}));
+    mounts.push(json!({"destination": "/t", "type": "tmpfs", "source": "tmpfs", "options": ["noexec", "mode=1770", "uid=7", "noatime"]}));
+    let outcome = guest.run(&spec).await.unwrap();
+    assert_eq!(
+        outcome.output,
+        "text\ntext\nread-only\nbelow\nfile\n/in ro,nosuid,nodev,relatime\n/t rw,noexec,noatime\n1770:7\n",
+        "{}",
+        outcome.error
+    );
+}
+
+pub async fn a_tmpfs_may_begin_with_a_copy(guest: &Guest) {
+    let root = guest.root();
+    std::fs::write(root.join("etc/kept"), "kept\n").unwrap();
+    let mut spec = spec(&[
+        "sh",
+        "-c",
+        "cat /etc/kept; echo changed >/etc/kept; cat /etc/kept",
+    ]);
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.push(json!({"destination": "/etc", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup"]}));
+    let outcome = guest.run_in(&spec, &[bind(&root)]).await.unwrap();
+    assert_eq!(outcome.output, "kept\nchanged\n", "{}", outcome.error);
+    assert_eq!(std::fs::read(root.join("etc/kept")).unwrap(), b"kept\n");
+}
+
+pub async fn recursive_read_only_covers_what_is_below(guest: &Guest) {
+    let outside = guest.directory.join("recursive");
+    std::fs::create_dir_all(&outside).unwrap();
+    let mut spec = spec(&[
+        "sh",
+        "-c",
+        "touch /all/shm/x 2>/dev/null || echo no; touch /top/shm/x && echo yes; rm /top/shm/x",
+    ]);
+    // A tree with a mount below: the agent's own /dev.
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    for (place, option) in [("/all", "rro"), ("/top", "ro")] {
+        mounts.push(json!({"destination": place, "type": "bind", "source": "/dev", "options": ["rbind", option]}));
+    }
+    let below =
+        std::fs::metadata("/dev/shm").unwrap().dev() != std::fs::metadata("/dev").unwrap().dev();
+    if below {
+        let outcome = guest.run(&spec).await.unwrap();
+        assert_eq!(outcome.output, "no\nyes\n", "{}", outcome.error);
+    }
+}
+
+pub async fn links_of_an_image_do_not_lead_out(guest: &Guest) {
+    let root = guest.root();
+    let secret = guest.directory.join("secret");
+    std::fs::create_dir_all(&secret).unwrap();
+    std::os::unix::fs::symlink(&secret, root.join("mnt")).unwrap();
+    let mut spec = spec(&["sh", "-c", "ls -d /mnt/made"]);
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    mounts.push(json!({"destination": "/mnt/made", "type": "tmpfs", "source": "tmpfs"}));
+    let outcome = guest.run_in(&spec, &[bind(&root)]).await.unwrap();
+    assert_eq!(outcome.output, "/mnt/made\n", "{}", outcome.error);
+    assert_eq!(std::fs::read_dir(&secret).unwrap().count(), 0);
+}
