@@ -223,6 +223,19 @@ mod tests {
     }
 
     #[test]
+    fn the_sample_has_every_key_with_its_default() {
+        let sample = include_str!("../../docs/config.toml");
+        assert_eq!(parse(sample).unwrap(), Config::default());
+        // The error names all keys that there are.
+        let error = parse("x = 1").unwrap_err().to_string();
+        let keys: Vec<&str> = error.split('`').skip(3).step_by(2).collect();
+        assert_eq!(keys.len(), 13);
+        for key in keys {
+            assert!(sample.contains(&format!("\n{key} = ")), "{key}");
+        }
+    }
+
+    #[test]
     fn every_key_can_be_set() {
         let config = parse(
             r#"

@@ -139,10 +139,14 @@ fn tun(error: Option<io::Error>) -> Verdict {
 mod tests {
     use super::*;
 
+    /// The rest depends on how the host is set up.
     #[test]
-    fn this_host_has_all() {
-        for finding in check() {
-            assert!(finding.verdict.is_good(), "{finding}");
+    fn this_host_has_what_tests_need_too() {
+        let findings = check();
+        assert_eq!(findings.len(), 8);
+        for finding in findings {
+            let depends = ["cgroups", "tun"].contains(&finding.what);
+            assert!(depends || finding.verdict.is_good(), "{finding}");
         }
     }
 
