@@ -13,6 +13,7 @@ pub mod disk;
 pub mod error;
 pub mod events;
 pub mod info;
+pub mod logger;
 pub mod logging;
 pub mod machine;
 pub mod options;

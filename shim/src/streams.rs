@@ -25,6 +25,7 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 
+use crate::logger::{self, Owner};
 use crate::readiness::{Watch, register};
 
 /// How much one splice may move; a pipe's capacity is the real limit.
@@ -63,7 +64,7 @@ pub enum Error {
     #[error("{stream} {path:?} is neither a FIFO nor a file that can be written to")]
     NotWritable { stream: &'static str, path: String },
     #[error(
-        "{stream} {uri:?}: scheme {scheme:?} is not supported; use the path of a FIFO, or file:///path"
+        "{stream} {uri:?}: scheme {scheme:?} is not supported; use the path of a FIFO, file:///path, or binary:///program"
     )]
     Scheme {
         stream: &'static str,
@@ -89,31 +90,30 @@ struct Input {
 
 #[derive(Debug)]
 enum Output {
-    Fifo(Fifo),
+    Pipe(Pipe),
     File(File),
 }
 
+/// A FIFO, or a pipe to a logging program.
 #[derive(Debug)]
-struct Fifo {
-    path: PathBuf,
+struct Pipe {
     writer: AsyncFd<OwnedFd>,
-    /// Keeps the writer from breaking while nobody else has the FIFO open for reading.
-    reader: File,
+    /// The path of a FIFO and its other end, which keeps the writer from breaking while nobody else reads.
+    held: Option<(PathBuf, File)>,
 }
 
 impl Ends {
-    /// Opens the host's ends. Never waits for the other side.
-    pub fn open(stdio: &Stdio) -> Result<Self, Error> {
-        let stdout = Output::open("stdout", &stdio.stdout)?.map(Arc::new);
-        let stderr = if stdio.terminal {
-            None
-        } else if stdio.stderr == stdio.stdout {
-            stdout.clone()
-        } else {
-            Output::open("stderr", &stdio.stderr)?.map(Arc::new)
-        };
+    /// Opens the host's ends. Waits for logging programs to be ready, but never for the other side of a FIFO.
+    pub async fn open(stdio: &Stdio, owner: &Owner) -> Result<Self, Error> {
+        let stdin = Input::open(&stdio.stdin)?;
+        let [stdout, mut stderr] = Output::open("stdout", &stdio.stdout, owner).await?;
+        if stdio.terminal {
+            stderr = None;
+        } else if stdio.stderr != stdio.stdout {
+            [_, stderr] = Output::open("stderr", &stdio.stderr, owner).await?;
+        }
         Ok(Self {
-            stdin: Input::open(&stdio.stdin)?,
+            stdin,
             stdout,
             stderr,
         })
@@ -194,9 +194,17 @@ impl Input {
 }
 
 impl Output {
-    fn open(stream: &'static str, target: &str) -> Result<Option<Self>, Error> {
-        let path = match target.split_once("://") {
-            Some(("file", path)) => path,
+    /// Opens what standard output and standard error go to, if both go to the same.
+    async fn open(
+        stream: &'static str,
+        target: &str,
+        owner: &Owner,
+    ) -> Result<[Option<Arc<Self>>; 2], Error> {
+        let opened = match target.split_once("://") {
+            None if target.is_empty() => return Ok([None, None]),
+            None => Self::open_path(target).map(Self::for_both),
+            Some(("file", path)) => Self::create_file(path).map(Self::for_both),
+            Some(("binary", program)) => Self::start_program(program, owner).await,
             Some((scheme, _)) => {
                 return Err(Error::Scheme {
                     stream,
@@ -204,26 +212,33 @@ impl Output {
                     scheme: scheme.to_owned(),
                 });
             }
-            None if target.is_empty() => return Ok(None),
-            None => target,
         };
-        let opened = if path == target {
-            Self::open_path(path)
-        } else {
-            Self::create_file(path)
-        };
-        let error = |source: io::Error| match source.kind() {
+        opened.map_err(|source| match source.kind() {
             io::ErrorKind::Unsupported => Error::NotWritable {
                 stream,
-                path: path.to_owned(),
+                path: target.to_owned(),
             },
             _ => Error::Open {
                 stream,
-                path: path.to_owned(),
+                path: target.to_owned(),
                 source,
             },
+        })
+    }
+
+    fn for_both(self) -> [Option<Arc<Self>>; 2] {
+        let output = Arc::new(self);
+        [Some(output.clone()), Some(output)]
+    }
+
+    async fn start_program(program: &str, owner: &Owner) -> io::Result<[Option<Arc<Self>>; 2]> {
+        let pipe = |writer| {
+            let writer = register(writer, Interest::WRITABLE)?;
+            let held = None;
+            Ok::<_, io::Error>(Some(Arc::new(Self::Pipe(Pipe { writer, held }))))
         };
-        opened.map(Some).map_err(error)
+        let (out, error) = logger::start(program, owner).await?;
+        Ok([pipe(out)?, pipe(error)?])
     }
 
     /// Opens a FIFO, or a file that is there.
@@ -240,13 +255,9 @@ impl Output {
                 .write(true)
                 .custom_flags(flags)
                 .open(path)?;
-            let path = path.into();
             let writer = register(writer.into(), Interest::WRITABLE)?;
-            Ok(Self::Fifo(Fifo {
-                path,
-                writer,
-                reader,
-            }))
+            let held = Some((path.into(), reader));
+            Ok(Self::Pipe(Pipe { writer, held }))
         } else if kind.is_file() || kind.is_char_device() {
             Ok(Self::File(OpenOptions::new().append(true).open(path)?))
         } else {
@@ -256,6 +267,7 @@ impl Output {
 
     /// Opens a file, which is made if it is not there, with its directories.
     fn create_file(path: &str) -> io::Result<Self> {
+        let path = &logger::decode(path)?;
         if let Some(directory) = Path::new(path).parent() {
             std::fs::create_dir_all(directory)?;
         }
@@ -341,8 +353,8 @@ async fn feed(reader: AsyncFd<OwnedFd>, socket: AsyncFd<OwnedFd>) {
 /// Carries output from the guest; its end closes the host's end.
 async fn drain(stream: UnixStream, output: Arc<Output>, _open: Open) {
     let result = match &*output {
-        Output::Fifo(fifo) => match into_async_fd(stream) {
-            Ok(socket) => splice_all(&socket, &fifo.writer).await,
+        Output::Pipe(pipe) => match into_async_fd(stream) {
+            Ok(socket) => splice_all(&socket, &pipe.writer).await,
             Err(error) => Err(error),
         },
         Output::File(_) => copy_to_file(stream, &output).await,
@@ -351,21 +363,24 @@ async fn drain(stream: UnixStream, output: Arc<Output>, _open: Open) {
         log::warn!("output of a process is cut off: {error}");
     }
     // The last of the streams that share a FIFO closes it.
-    if let Some(Output::Fifo(fifo)) = Arc::into_inner(output) {
-        if let Err(error) = fifo.close().await {
+    if let Some(Output::Pipe(pipe)) = Arc::into_inner(output) {
+        if let Err(error) = pipe.close().await {
             log::warn!("output of a process may be lost: {error}");
         }
     }
 }
 
-impl Fifo {
-    /// Closes the FIFO, as soon as what is in it cannot be lost: somebody else has it open for reading, or nothing is in it.
+impl Pipe {
+    /// Closes a FIFO as soon as what is in it cannot be lost: somebody else has it open for reading, or nothing is in it.
     async fn close(self) -> io::Result<()> {
-        drop(self.reader);
+        let Some((path, reader)) = self.held else {
+            return Ok(());
+        };
+        drop(reader);
         let mut watch = None;
         while !has_reader(&self.writer)? && ioctl_fionread(&self.writer)? > 0 {
             match &watch {
-                None => watch = Some(Watch::new(&self.path, AddWatchFlags::IN_OPEN)?),
+                None => watch = Some(Watch::new(&path, AddWatchFlags::IN_OPEN)?),
                 Some(watch) => watch.changed().await?,
             }
         }
@@ -428,7 +443,7 @@ async fn copy_to_file(mut stream: UnixStream, output: &Arc<Output>) -> io::Resul
         let output = Arc::clone(output);
         buffer = tokio::task::spawn_blocking(move || match &*output {
             Output::File(file) => (&mut &*file).write_all(&buffer[..length]).map(|()| buffer),
-            Output::Fifo(_) => Err(io::ErrorKind::InvalidInput.into()),
+            Output::Pipe(_) => Err(io::ErrorKind::InvalidInput.into()),
         })
         .await??;
     }
@@ -440,245 +455,4 @@ fn into_async_fd(stream: UnixStream) -> io::Result<AsyncFd<OwnedFd>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::PathBuf;
-
-    use nix::sys::stat::Mode;
-    use tempfile::TempDir;
-    use tokio::io::AsyncWriteExt;
-    use tokio::net::unix::pipe;
-
-    use super::*;
-
-    struct Host {
-        dir: TempDir,
-        stdio: Stdio,
-    }
-
-    impl Host {
-        fn new(names: &[&str]) -> Self {
-            let dir = tempfile::tempdir().unwrap();
-            let fifo = |name: &str| {
-                let path = dir.path().join(name);
-                if names.contains(&name) {
-                    nix::unistd::mkfifo(&path, Mode::S_IRWXU).unwrap();
-                    path.display().to_string()
-                } else {
-                    String::new()
-                }
-            };
-            let stdio = Stdio {
-                stdin: fifo("stdin"),
-                stdout: fifo("stdout"),
-                stderr: fifo("stderr"),
-                terminal: false,
-            };
-            Self { dir, stdio }
-        }
-
-        fn path(&self, name: &str) -> PathBuf {
-            self.dir.path().join(name)
-        }
-
-        fn reader(&self, name: &str) -> pipe::Receiver {
-            pipe::OpenOptions::new()
-                .open_receiver(self.path(name))
-                .unwrap()
-        }
-
-        /// Starts the copying, and returns the guest's ends in the order stdin, stdout, stderr.
-        fn copy(&self) -> (Streams, Vec<UnixStream>) {
-            let ends = Ends::open(&self.stdio).unwrap();
-            let mut guests = Vec::new();
-            let mut streams = Vec::new();
-            for number in 0..ends.count() {
-                let (host, guest) = UnixStream::pair().unwrap();
-                streams.push((number.to_string(), host));
-                guests.push(guest);
-            }
-            let (copying, names) = ends.copy(streams).unwrap();
-            let names = [names.stdin, names.stdout, names.stderr];
-            let names: Vec<_> = names.into_iter().filter(|n| !n.is_empty()).collect();
-            assert!(
-                names
-                    .iter()
-                    .map(String::as_str)
-                    .eq(["0", "1", "2"][..guests.len()].iter().copied())
-            );
-            (copying, guests)
-        }
-    }
-
-    fn pattern(length: usize) -> Vec<u8> {
-        (0..length).map(|n| (n * 7 / 3) as u8).collect()
-    }
-
-    async fn read_all(reader: &mut (impl AsyncReadExt + Unpin)) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        reader.read_to_end(&mut bytes).await.unwrap();
-        bytes
-    }
-
-    #[tokio::test]
-    async fn output_arrives_whole_and_the_fifos_close() {
-        let host = Host::new(&["stdout", "stderr"]);
-        let (mut stdout, mut stderr) = (host.reader("stdout"), host.reader("stderr"));
-        let (streams, mut guests) = host.copy();
-        let (out, err) = (pattern(3 << 20), pattern(100));
-        let guest = async {
-            guests[1].write_all(&err).await.unwrap();
-            guests[0].write_all(&out).await.unwrap();
-            guests.clear();
-        };
-        let (read_out, read_err, ()) =
-            tokio::join!(read_all(&mut stdout), read_all(&mut stderr), guest);
-        assert!(read_out == out && read_err == err);
-        streams.drained().await;
-    }
-
-    #[tokio::test]
-    async fn a_reader_that_stops_blocks_only_its_own_stream_and_a_new_one_gets_the_rest() {
-        let host = Host::new(&["stdout", "stderr"]);
-        let (mut stdout, mut stderr) = (host.reader("stdout"), host.reader("stderr"));
-        let (streams, mut guests) = host.copy();
-        let out = pattern(1 << 20);
-        let mut errors = guests.pop().unwrap();
-        let mut outputs = guests.pop().unwrap();
-        let written = out.clone();
-        let writer = tokio::spawn(async move { outputs.write_all(&written).await.unwrap() });
-        let mut first = vec![0; 1000];
-        stdout.read_exact(&mut first).await.unwrap();
-        drop(stdout);
-        errors.write_all(b"free").await.unwrap();
-        drop(errors);
-        assert_eq!(read_all(&mut stderr).await, b"free");
-        assert!(!writer.is_finished());
-        let mut stdout = host.reader("stdout");
-        first.extend(read_all(&mut stdout).await);
-        assert!(first == out);
-        writer.await.unwrap();
-        streams.drained().await;
-    }
-
-    #[tokio::test]
-    async fn what_nobody_has_read_at_the_end_waits_for_a_reader() {
-        let host = Host::new(&["stdout", "stderr"]);
-        let (mut streams, mut guests) = host.copy();
-        guests[0].write_all(b"last words").await.unwrap();
-        guests.clear();
-        // An empty FIFO needs no reader.
-        while *streams.open_outputs.borrow_and_update() > 1 {
-            streams.open_outputs.changed().await.unwrap();
-        }
-        assert_eq!(*streams.open_outputs.borrow(), 1);
-        let mut stdout = host.reader("stdout");
-        assert_eq!(read_all(&mut stdout).await, b"last words");
-        streams.drained().await;
-    }
-
-    #[tokio::test]
-    async fn input_ends_when_it_is_closed_and_all_writers_are_gone() {
-        let host = Host::new(&["stdin"]);
-        let (mut streams, mut guests) = host.copy();
-        let open = || {
-            pipe::OpenOptions::new()
-                .open_sender(host.path("stdin"))
-                .unwrap()
-        };
-        let mut writer = open();
-        writer.write_all(b"one").await.unwrap();
-        let mut bytes = [0; 3];
-        guests[0].read_exact(&mut bytes).await.unwrap();
-        // Whoever writes may go away and come back.
-        drop(writer);
-        let mut writer = open();
-        streams.close_stdin();
-        streams.close_stdin();
-        let data = pattern(1 << 20);
-        let write = async {
-            writer.write_all(&data).await.unwrap();
-            drop(writer);
-        };
-        let ((), received) = tokio::join!(write, read_all(&mut guests[0]));
-        assert!(received == data);
-    }
-
-    #[tokio::test]
-    async fn input_that_is_closed_first_is_still_delivered() {
-        let host = Host::new(&["stdin"]);
-        let mut writer = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(host.path("stdin"))
-            .unwrap();
-        writer.write_all(b"early").unwrap();
-        let (mut streams, mut guests) = host.copy();
-        drop(writer);
-        streams.close_stdin();
-        assert_eq!(read_all(&mut guests[0]).await, b"early");
-    }
-
-    #[tokio::test]
-    async fn nobody_holds_the_input_of_a_process_that_has_ended() {
-        let host = Host::new(&["stdin"]);
-        let (mut streams, mut guests) = host.copy();
-        streams.process_ended();
-        assert_eq!(read_all(&mut guests[0]).await, b"");
-        let error = pipe::OpenOptions::new()
-            .open_sender(host.path("stdin"))
-            .unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::ENXIO));
-    }
-
-    #[tokio::test]
-    async fn two_outputs_may_share_a_file() {
-        let mut host = Host::new(&[]);
-        let uri = format!("file://{}/logs/c.log", host.dir.path().display());
-        host.stdio.stdout.clone_from(&uri);
-        host.stdio.stderr = uri;
-        for round in 1..=2 {
-            let (streams, mut guests) = host.copy();
-            guests[0].write_all(b"out\n").await.unwrap();
-            guests[1].write_all(b"err\n").await.unwrap();
-            guests.clear();
-            streams.drained().await;
-            let text = std::fs::read_to_string(host.path("logs/c.log")).unwrap();
-            assert_eq!(text.len(), 8 * round, "appended: {text:?}");
-            assert!(text.contains("out\n") && text.contains("err\n"));
-        }
-    }
-
-    #[tokio::test]
-    async fn a_terminal_has_one_output() {
-        let mut host = Host::new(&["stdin", "stdout", "stderr"]);
-        host.stdio.terminal = true;
-        let (_streams, guests) = host.copy();
-        assert_eq!(guests.len(), 2);
-    }
-
-    #[tokio::test]
-    async fn what_cannot_be_opened_is_named() {
-        let host = Host::new(&[]);
-        let open = |stdin: &str, stdout: &str| {
-            let stdio = Stdio {
-                stdin: stdin.into(),
-                stdout: stdout.into(),
-                ..Stdio::default()
-            };
-            Ends::open(&stdio).unwrap_err()
-        };
-        let dir = host.dir.path().display().to_string();
-        assert!(
-            matches!(open("", "binary:///bin/x"), Error::Scheme { scheme, .. } if scheme == "binary")
-        );
-        assert!(matches!(open("/dev/null", ""), Error::NotFifo { .. }));
-        assert!(matches!(
-            open("", &format!("{dir}/missing")),
-            Error::Open {
-                stream: "stdout",
-                ..
-            }
-        ));
-        assert!(matches!(open("", &dir), Error::NotWritable { .. }));
-    }
-}
+mod tests;

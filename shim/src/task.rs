@@ -26,6 +26,7 @@ use crate::cgroup;
 use crate::container::Container;
 use crate::error::Error;
 use crate::events::Publisher;
+use crate::logger::Owner;
 use crate::process::{Exit, KILLED, Phase, Process};
 use crate::sandbox::Sandbox;
 
@@ -35,6 +36,7 @@ const OOM_INTERVAL: Duration = Duration::from_secs(1);
 /// The tasks of a shim.
 #[derive(Debug)]
 pub struct Tasks {
+    namespace: String,
     events: Publisher,
     sandbox: Sandbox,
     home: Mutex<Home>,
@@ -98,8 +100,9 @@ impl Drop for Reservation<'_> {
 
 impl Tasks {
     /// No tasks yet. `bundle` is that of the first, and `socket` where the shim listens.
-    pub fn new(events: Publisher, bundle: PathBuf, socket: PathBuf) -> Arc<Self> {
+    pub fn new(namespace: &str, events: Publisher, bundle: PathBuf, socket: PathBuf) -> Arc<Self> {
         Arc::new(Self {
+            namespace: namespace.to_owned(),
             events,
             sandbox: Sandbox::default(),
             home: Mutex::new(Home {
@@ -110,6 +113,14 @@ impl Tasks {
             table: Mutex::default(),
             closed: Notify::new(),
         })
+    }
+
+    /// Whose output it is, for logging programs.
+    fn owner(&self, id: &str) -> Owner {
+        Owner {
+            namespace: self.namespace.clone(),
+            id: id.to_owned(),
+        }
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {

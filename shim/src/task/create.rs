@@ -59,7 +59,7 @@ impl Tasks {
                 (machine.pid(), None, Vec::new())
             }
             Kind::Member | Kind::Single => {
-                let ends = Ends::open(&stdio)?;
+                let ends = Ends::open(&stdio, &self.owner(&request.id)).await?;
                 let files = rootfs::prepare(&config, &request.id, root(&request, &spec)?);
                 let (machine, files, slots) = match kind {
                     Kind::Single => self.boot_for(&config, &spec, &annotations, files).await?,

@@ -217,7 +217,7 @@ impl Tasks {
             stderr: request.stderr,
             terminal: request.terminal,
         };
-        let ends = Ends::open(&stdio)?;
+        let ends = Ends::open(&stdio, &self.owner(&request.id)).await?;
         if let Some(spec) = request.spec.as_mut() {
             spec.value = spec::process_into_guest(&spec.value)?;
         }
