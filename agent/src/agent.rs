@@ -125,8 +125,10 @@ impl Agent {
         let cgroup = Cgroup::create(group)?;
         let made = async {
             cgroup.limit(&plan.resources)?;
+            let channel = self.make_init(&plan, &process, &cgroup).await?;
+            // Not earlier: the process mounts disks that the container itself may not use.
             cgroup.allow_devices(&plan.devices)?;
-            self.make_init(&plan, &process, &cgroup).await
+            Ok(channel)
         };
         match made.await {
             Ok(channel) => {

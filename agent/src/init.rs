@@ -13,8 +13,8 @@ use crate::{cgroup, sys};
 /// Where the control groups are mounted.
 const CGROUP: &str = "/sys/fs/cgroup";
 
-/// Source or type, place, flags, data. `/dev` is there already: the kernel has mounted it.
-const FILE_SYSTEMS: [(&str, &str, MountFlags, &std::ffi::CStr); 7] = {
+/// Source or type, place, flags, data.
+const FILE_SYSTEMS: [(&str, &str, MountFlags, &std::ffi::CStr); 8] = {
     const STRICT: MountFlags = MountFlags::NOSUID
         .union(MountFlags::NODEV)
         .union(MountFlags::NOEXEC);
@@ -23,6 +23,8 @@ const FILE_SYSTEMS: [(&str, &str, MountFlags, &std::ffi::CStr); 7] = {
     [
         ("proc", "/proc", STRICT, c""),
         ("sysfs", "/sys", STRICT, c""),
+        // The kernel does not mount it by itself: the root is already a read-only disk when it would.
+        ("devtmpfs", "/dev", DEVICES, c"mode=755"),
         ("tmpfs", "/run", PLAIN, c"mode=755"),
         ("cgroup2", CGROUP, STRICT, c""),
         ("devpts", "/dev/pts", DEVICES, c"mode=620,ptmxmode=666"),
@@ -42,7 +44,7 @@ const LINKS: [(&str, &str); 4] = [
 pub fn prepare() -> Result<Paths, Error> {
     for (kind, place, flags, data) in FILE_SYSTEMS {
         let what = || format!("mounting {kind} on {place}");
-        if Path::new(place).starts_with("/dev") {
+        if Path::new(place).starts_with("/dev") && place != "/dev" {
             match rustix::fs::mkdir(place, rustix::fs::Mode::from_raw_mode(0o755)) {
                 Ok(()) | Err(Errno::EXIST) => {}
                 Err(error) => return Err(error).context(what),
