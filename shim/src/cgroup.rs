@@ -210,8 +210,8 @@ struct Joined {
     created: Vec<PathBuf>,
 }
 
-/// Moves this process, with all its threads, into a cgroup of every hierarchy, which is made if it is not there. What it starts
-/// from now on is there, too. On failure everything is as it was.
+/// Moves this process, with all its threads, into a cgroup of every hierarchy, which is made if it is not there. What it
+/// starts from now on is there, too. On failure everything is as it was.
 pub fn enter(directory: &Path) -> Result<Stay, Error> {
     let mut stay = Stay {
         hierarchies: Vec::new(),

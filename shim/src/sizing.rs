@@ -95,8 +95,8 @@ struct Limits {
     shares: Option<u64>,
     /// In bytes.
     memory: Option<u64>,
-    /// A pod's limits are sums over its containers. A cluster may allow more of them than the node has, so they are cut down to the host
-    /// instead of refused.
+    /// A pod's limits are sums over its containers. A cluster may allow more of them than the node has, so they are cut
+    /// down to the host instead of refused.
     pod: bool,
 }
 

@@ -74,8 +74,8 @@ const LOOP: &[u8] = &[
     0xf4, // hlt
 ];
 
-/// How many times slower than on the host the loop may be in the guest. A processor, real or emulated, runs it equally fast in
-/// both; an interpreter is a thousand times slower.
+/// How many times slower than on the host the loop may be in the guest. A processor, real or emulated, runs it equally
+/// fast in both; an interpreter is a thousand times slower.
 const MOST_SLOWDOWN: f64 = 50.0;
 
 /// How often the loop is tried: one round may be interrupted by other work of the host.

@@ -10,8 +10,9 @@
 //!
 //! What it must do itself, because execution resets it: make itself not dumpable, and install its seccomp filters.
 //!
-//! It is in the cgroups of the thread that launches it from its first instruction on. Each step is fatal: a VMM with a weaker jail is never
-//! executed. A start costs 12 system calls in the shim and about 130 in the child, two thirds of which reset signals and empty the bounding set.
+//! It is in the cgroups of the thread that launches it from its first instruction on. Each step is fatal: a VMM with a
+//! weaker jail is never executed. A start costs 12 system calls in the shim and about 130 in the child, most of which
+//! reset signals and empty the bounding set.
 
 mod jail;
 #[cfg(test)]
