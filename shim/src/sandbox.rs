@@ -77,9 +77,12 @@ impl Sandbox {
         ready
     }
 
-    /// The machine, ready or not, if there ever was one.
+    /// The machine, running or not, if one ever was ready for containers.
     pub fn machine(&self) -> Result<&Machine, Error> {
-        self.machine.get().ok_or(Error::NoMachine)
+        match (self.machine.get(), self.ready.get()) {
+            (Some(machine), Some(())) => Ok(machine),
+            _ => Err(Error::NoMachine),
+        }
     }
 
     /// Asks the agent's Task service. Fails when the machine ends before the answer is there, and says why it ended.
@@ -177,9 +180,14 @@ impl Sandbox {
     /// Ends the machine, if there is one, and waits until it is gone. None is started any more.
     pub async fn stop(&self) {
         self.ending.store(true, Ordering::Relaxed);
-        if let Ok(machine) = self.machine() {
+        if let Some(machine) = self.machine.get() {
             machine.stop().await;
         }
+    }
+
+    /// Whether there is a machine, ready or not, running or not.
+    pub fn exists(&self) -> bool {
+        self.machine.get().is_some()
     }
 
     /// Whether the machine was told to end.

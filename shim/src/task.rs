@@ -58,6 +58,8 @@ struct Home {
 #[derive(Debug, Default)]
 struct Table {
     entries: HashMap<String, Entry>,
+    /// A client wants the shim to end when what is being created now comes to nothing.
+    end_wanted: bool,
     /// No container is created any more.
     closing: bool,
 }
@@ -89,11 +91,12 @@ impl Reservation<'_> {
 
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
-        let mut table = self.tasks.table();
-        if let Some(Entry::Creating) = table.entries.get(&self.id) {
-            table.entries.remove(&self.id);
-            drop(table);
-            self.tasks.end_if_idle();
+        let failed = matches!(
+            self.tasks.table().entries.get(&self.id),
+            Some(Entry::Creating)
+        );
+        if failed {
+            self.tasks.remove(&self.id);
         }
     }
 }
@@ -140,6 +143,17 @@ impl Tasks {
             tasks: self,
             id: id.to_owned(),
         })
+    }
+
+    /// Removes a container from the table, and with the last one what was there for them.
+    fn remove(self: &Arc<Self>, id: &str) {
+        let mut table = self.table();
+        table.entries.remove(id);
+        if table.entries.is_empty() && table.end_wanted {
+            self.close(&mut table);
+        }
+        drop(table);
+        self.end_if_idle();
     }
 
     /// Looks at a container, or changes it, under the table's lock.
@@ -235,7 +249,7 @@ impl Tasks {
 
     /// Ends the machine when nothing runs in it or is about to. A pod's sandbox runs until it is killed.
     fn end_if_idle(self: &Arc<Self>) {
-        if self.sandbox.machine().is_err() {
+        if !self.sandbox.exists() {
             return;
         }
         let idle = self.table().entries.values().all(|entry| match entry {
@@ -255,10 +269,18 @@ impl Tasks {
     /// Ends the shim, unless it still has tasks.
     fn shutdown(&self) {
         let mut table = self.table();
+        let is_being_created = |entry| matches!(entry, &Entry::Creating);
         if table.entries.is_empty() {
-            table.closing = true;
-            self.closed.notify_one();
+            self.close(&mut table);
+        } else if table.entries.values().all(is_being_created) {
+            // Its client may have lost patience, and nobody will ask again.
+            table.end_wanted = true;
         }
+    }
+
+    fn close(&self, table: &mut Table) {
+        table.closing = true;
+        self.closed.notify_one();
     }
 
     /// Waits until a client has asked for the end of the shim.

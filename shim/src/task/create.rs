@@ -5,7 +5,7 @@ use std::future::Future;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, Weak};
 
 use bulkhead_agent::protocol::SPEC_TYPE_URL;
 use bulkhead_vmm::launch::unique_uid;
@@ -36,8 +36,13 @@ use crate::streams::{Ends, Stdio, Streams};
 const CMDLINE: &str = "console=ttyS0 quiet root=/dev/vda rootfstype=erofs ro reboot=k panic=-1";
 
 impl Tasks {
-    /// Makes a container, and returns the number of the host's process that stands for it.
-    pub(super) async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, Error> {
+    /// Makes a container, and returns the number of the host's process that stands for it. If its client, which holds the other end of
+    /// `client`, is gone by then, the container is deleted: containerd takes it for one that could not be made.
+    pub(super) async fn create(
+        self: &Arc<Self>,
+        request: CreateTaskRequest,
+        client: Weak<()>,
+    ) -> Result<u32, Error> {
         check(&request)?;
         let reservation = self.reserve(&request.id)?;
         let bundle = PathBuf::from(&request.bundle);
@@ -99,6 +104,10 @@ impl Tasks {
         reservation.fill(container, |events| events.publish(&created(request, pid)));
         if kind != Kind::Sandbox {
             self.watch(&id, "");
+        }
+        if client.strong_count() == 0 {
+            log::warn!("container {id:?} is deleted: the client that wanted it did not wait");
+            self.discard(&id).await?;
         }
         Ok(pid)
     }

@@ -81,9 +81,10 @@ impl Tasks {
             };
             let drained = tasks.with(&request.id, |container| {
                 container.exited(&request.exec_id, exit, &tasks.events);
-                Ok(drained(container))
+                let ended = container.init.phase == Phase::Stopped;
+                Ok(ended.then(|| drained(container)))
             });
-            if let Ok(drained) = drained {
+            if let Ok(Some(drained)) = drained {
                 drained.await;
                 tasks.end_if_idle();
             }
@@ -165,6 +166,24 @@ impl Tasks {
             }
         });
         Ok(())
+    }
+
+    /// Ends and deletes a container that nobody will ask for.
+    pub(super) async fn discard(self: &Arc<Self>, id: &str) -> Result<(), Error> {
+        let kill = KillRequest {
+            id: id.to_owned(),
+            signal: libc::SIGKILL as u32,
+            all: true,
+            ..Default::default()
+        };
+        let ended = self.with(id, |container| Ok(container.init.ended()))?;
+        self.kill(kill).await?;
+        ended.await;
+        let delete = DeleteRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        self.delete(&delete).await.map(drop)
     }
 
     /// Adds a process to a container; Start starts it.
@@ -285,8 +304,7 @@ impl Tasks {
             Ok((exit, container.pid))
         })?;
         if exec_id.is_empty() {
-            self.table().entries.remove(id);
-            self.end_if_idle();
+            self.remove(id);
         }
         Ok(DeleteResponse {
             pid,

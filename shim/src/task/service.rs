@@ -59,7 +59,10 @@ impl Task for Handlers {
         request: CreateTaskRequest,
     ) -> Result<CreateTaskResponse> {
         let tasks = Arc::clone(&self.0);
-        let pid = to_the_end(async move { tasks.create(request).await }).await?;
+        // Dropped with this future when the client goes away or loses patience.
+        let client = Arc::new(());
+        let watched = Arc::downgrade(&client);
+        let pid = to_the_end(async move { tasks.create(request, watched).await }).await?;
         Ok(CreateTaskResponse {
             pid,
             ..Default::default()

@@ -23,7 +23,7 @@ use containerd_shim_protos::api::{
 };
 use containerd_shim_protos::shim_async::{Task, create_task};
 use protobuf::well_known_types::any::Any;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, watch};
 use ttrpc::asynchronous::transport::{Listener, Socket};
@@ -269,6 +269,10 @@ impl Task for Agent {
             return Err(not_found(
                 "exec: \"missing\": executable file not found in $PATH",
             ));
+        }
+        if args[0] == "slow" {
+            let mut stdin = self.0.stream(&request.stdin).await.unwrap();
+            stdin.read_u8().await.unwrap();
         }
         self.0.add(
             (request.id, String::new()),

@@ -492,6 +492,51 @@ async fn nothing_waits_for_a_machine_that_boots() {
     assert_eq!(host.remains(), [""; 0]);
 }
 
+async fn what_a_client_does_not_wait_for_is_deleted() {
+    let mut host = Host::new().await;
+    let bundle = host.bundle("c1", &["slow"], json!({}));
+    let shim = host.shim(&bundle).await;
+    let (pid, _) = shim.pids("").await;
+    let (stdin, mut writer) = host.fifo("in");
+    let mut request = host.create_request(&bundle);
+    request.stdin = stdin;
+    let impatient = ttrpc::context::with_duration(Duration::from_millis(500));
+    assert!(shim.task.create(impatient, &request).await.is_err());
+    // What containerd does then; nobody asks again.
+    assert_eq!(
+        code(&shim.delete("c1", "").await.unwrap_err()),
+        Code::NOT_FOUND
+    );
+    shim.task
+        .shutdown(context(), &Default::default())
+        .await
+        .unwrap();
+    drop(shim);
+    writer.write_all(b"!").unwrap();
+    host.expect(&["create", "exit c1 137", "delete"]).await;
+    gone(pid).await;
+    assert_eq!(host.remains(), [""; 0]);
+
+    host.configure("kernel_params = \"test.hang\"\nboot_timeout_seconds = 1");
+    let bundle = host.bundle("c2", &["wait"], json!({}));
+    let shim = host.shim(&bundle).await;
+    let (pid, _) = shim.pids("").await;
+    let impatient = ttrpc::context::with_duration(Duration::from_millis(500));
+    assert!(
+        shim.task
+            .create(impatient, &host.create_request(&bundle))
+            .await
+            .is_err()
+    );
+    shim.task
+        .shutdown(context(), &Default::default())
+        .await
+        .unwrap();
+    gone(pid).await;
+    host.expect_no_more();
+    assert_eq!(host.remains(), [""; 0]);
+}
+
 async fn a_pod_outlives_its_containers() {
     let mut host = Host::new().await;
     let annotations = |kind: &str| {
@@ -721,6 +766,7 @@ fn main() -> ExitCode {
         a_machine_that_does_not_come_up_says_why,
         a_wrong_configuration_is_named,
         nothing_waits_for_a_machine_that_boots,
+        what_a_client_does_not_wait_for_is_deleted,
         a_pod_outlives_its_containers,
         delete_cleans_up_after_a_dead_shim,
         delete_ends_a_shim_that_hangs,
