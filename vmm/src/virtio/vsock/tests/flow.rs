@@ -225,6 +225,12 @@ fn streams_take_turns() {
 #[test]
 fn bytes_arrive_as_they_were_sent() {
     const TOTAL: usize = 24 << 20;
+    /// No multiple of anything, so that bytes in the wrong place are other bytes.
+    const PERIOD: usize = 65_521;
+    const LARGEST: usize = 65_000;
+    let pattern = Random(77).bytes(PERIOD).repeat(2);
+    let bytes = |start: usize, length: usize| &pattern[start % PERIOD..][..length];
+
     let machine = Machine::default();
     let mut rig = Rig::new(&machine, 100);
     let mut random = Random(42);
@@ -233,60 +239,74 @@ fn bytes_arrive_as_they_were_sent() {
             let (mut peer, host) = rig.open(5000 + port);
             peer.buffer = 200_000;
             rig.send(&peer.header(Operation::CreditUpdate), &[]);
-            // To the guest and from it: sent and received so far, by two generators that agree.
-            let seeds = [0; 4].map(|_| Random(77 + u64::from(port)));
-            (peer, host, seeds, [0usize; 4])
+            (peer, host, Counts::default())
         })
         .collect();
-    let mut chunk = vec![0; 70_000];
-    while ends
-        .iter()
-        .any(|(_, _, _, counts)| counts.iter().any(|&count| count < TOTAL))
-    {
-        for (peer, host, [to_guest, at_guest, to_host, at_host], counts) in &mut ends {
-            // The host writes.
-            let length = random.below(chunk.len() as u64) as usize;
-            let length = length.min(TOTAL - counts[0]);
-            let data = to_guest.clone().bytes(length);
-            if let Ok(written) = host.write(&data) {
-                to_guest.bytes(written);
-                counts[0] += written;
+    let mut chunk = vec![0; LARGEST];
+    while ends.iter().any(|(_, _, counts)| !counts.reached(TOTAL)) {
+        for (peer, host, counts) in &mut ends {
+            let mut size = |end: usize, done: usize| {
+                (random.below(LARGEST as u64) as usize)
+                    .min(end)
+                    .min(TOTAL - done)
+            };
+            let length = size(LARGEST, counts.host_wrote);
+            if let Ok(written) = host.write(bytes(counts.host_wrote, length)) {
+                counts.host_wrote += written;
             }
-            // The guest writes.
-            let length = random.below(66_000).min(peer.credit().into()) as usize;
-            let length = length.min(TOTAL - counts[2]);
+            let length = size(peer.credit() as usize, counts.guest_wrote);
             if length > 0 {
-                let data = to_host.bytes(length);
                 let header = peer.data(length);
-                rig.send_pieces(&header, &data, &[44, random.below(5000) as usize]);
-                counts[2] += length;
+                let pieces = [44, size(5000, 0)];
+                rig.send_pieces(&header, bytes(counts.guest_wrote, length), &pieces);
+                counts.guest_wrote += length;
             }
             rig.pump();
             while rig.tx.take_used().is_some() {}
-            // The host reads.
-            let limit = random.below(chunk.len() as u64) as usize;
-            if let Ok(length) = host.read(&mut chunk[..limit]) {
-                assert!(chunk[..length] == at_host.bytes(length));
-                counts[3] += length;
+            let length = size(LARGEST, 0);
+            if let Ok(length) = host.read(&mut chunk[..length]) {
+                assert!(&chunk[..length] == bytes(counts.host_read, length));
+                counts.host_read += length;
             }
             rig.pump();
-            let _ = at_guest;
         }
-        // The guest reads.
         for _ in 0..random.below(100) {
             let Some((header, payload)) = rig.receive() else {
                 break;
             };
             let index = header.destination_port as usize - 5000;
-            let (peer, _, [_, at_guest, ..], counts) = &mut ends[index];
+            let (peer, _, counts) = &mut ends[index];
             peer.note(&header);
-            assert!(payload == at_guest.bytes(payload.len()));
-            counts[1] += payload.len();
+            assert!(payload == bytes(counts.guest_read, payload.len()));
+            counts.guest_read += payload.len();
             peer.forwarded = peer.forwarded.wrapping_add(payload.len() as u32);
             if random.below(4) == 0 || header.operation == Operation::CreditRequest {
                 let header = peer.header(Operation::CreditUpdate);
                 rig.send(&header, &[]);
             }
         }
+    }
+}
+
+/// How far the four ends of a stream's two directions are.
+#[derive(Debug, Default)]
+struct Counts {
+    host_wrote: usize,
+    guest_read: usize,
+    guest_wrote: usize,
+    host_read: usize,
+}
+
+impl Counts {
+    fn reached(&self, total: usize) -> bool {
+        let Self {
+            host_wrote,
+            guest_read,
+            guest_wrote,
+            host_read,
+        } = self;
+        [host_wrote, guest_read, guest_wrote, host_read]
+            .iter()
+            .all(|&&count| count == total)
     }
 }
