@@ -203,13 +203,15 @@ impl Bus {
     }
 
     /// The slot and the offset in its configuration space that an access to the data port reaches. An access beyond the
-    /// data port's four bytes reaches nothing, and neither do other buses and functions.
+    /// data port's four bytes reaches nothing, and neither do other buses and functions, nor addresses with reserved bits (by
+    /// which AMD's processors address registers from 256 on; Linux looks for these, and seventeen times as long where it finds
+    /// the first 256 again).
     fn target(&self, port: u16, length: usize) -> Option<(usize, u8)> {
         let address = self.address.load(Ordering::Relaxed);
         let byte = port.checked_sub(CONFIG_DATA)?;
-        let bus_and_function = address & 0x00ff_0700;
+        let reserved_bus_and_function = address & 0x7fff_0700;
         if address & CONFIG_ENABLE == 0
-            || bus_and_function != 0
+            || reserved_bus_and_function != 0
             || usize::from(byte) + length > 4
             || !matches!(length, 1 | 2 | 4)
         {

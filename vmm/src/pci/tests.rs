@@ -140,12 +140,14 @@ fn the_guest_finds_what_there_is() {
     for slot in 2..32 {
         assert_eq!(read(&bus, slot, 0x00), u32::MAX);
     }
-    // Neither other buses nor other functions, and nothing while the data port is not enabled.
+    // Neither other buses, other functions or reserved bits, and nothing while the data port is not enabled.
     for address in [
         address(1, 0) | 1 << 8,
         address(1, 0) | 7 << 8,
         address(1, 0) | 1 << 16,
         address(1, 0) | 0xff << 16,
+        address(1, 0) | 1 << 24,
+        address(1, 0) | 0x40 << 24,
         address(1, 0) & !(1 << 31),
     ] {
         select(&bus, address);
