@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use rustix::fs::symlink;
+use rustix::fs::{Mode, symlink};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 
@@ -21,10 +21,9 @@ const FILE_SYSTEMS: [(&str, &str, MountFlags, &std::ffi::CStr); 8] = {
     const DEVICES: MountFlags = MountFlags::NOSUID.union(MountFlags::NOEXEC);
     const PLAIN: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
     [
+        ("devtmpfs", "/dev", DEVICES, c"mode=755"),
         ("proc", "/proc", STRICT, c""),
         ("sysfs", "/sys", STRICT, c""),
-        // The kernel does not mount it by itself: the root is already a read-only disk when it would.
-        ("devtmpfs", "/dev", DEVICES, c"mode=755"),
         ("tmpfs", "/run", PLAIN, c"mode=755"),
         ("cgroup2", CGROUP, STRICT, c""),
         ("devpts", "/dev/pts", DEVICES, c"mode=620,ptmxmode=666"),
@@ -44,16 +43,18 @@ const LINKS: [(&str, &str); 4] = [
 pub fn prepare() -> Result<Paths, Error> {
     for (kind, place, flags, data) in FILE_SYSTEMS {
         let what = || format!("mounting {kind} on {place}");
-        if Path::new(place).starts_with("/dev") && place != "/dev" {
-            match rustix::fs::mkdir(place, rustix::fs::Mode::from_raw_mode(0o755)) {
-                Ok(()) | Err(Errno::EXIST) => {}
-                Err(error) => return Err(error).context(what),
-            }
+        if place.starts_with("/dev/") {
+            unless(
+                Errno::EXIST,
+                rustix::fs::mkdir(place, Mode::from_raw_mode(0o755)),
+            )
+            .context(what)?;
         }
-        mount(kind, place, kind, flags, data).context(what)?;
+        // A kernel may have mounted /dev before it started this process.
+        unless(Errno::BUSY, mount(kind, place, kind, flags, data)).context(what)?;
     }
     for (target, link) in LINKS {
-        symlink(target, link).context(|| format!("linking {link}"))?;
+        unless(Errno::EXIST, symlink(target, link)).context(|| format!("linking {link}"))?;
     }
     sys::loopback_up().context(|| "bringing the loopback interface up".into())?;
     cgroup::delegate(Path::new(CGROUP))?;
@@ -61,4 +62,12 @@ pub fn prepare() -> Result<Paths, Error> {
         run: "/run".into(),
         cgroup: CGROUP.into(),
     })
+}
+
+/// Takes one error for success.
+fn unless(harmless: Errno, result: rustix::io::Result<()>) -> rustix::io::Result<()> {
+    match result {
+        Err(error) if error == harmless => Ok(()),
+        other => other,
+    }
 }

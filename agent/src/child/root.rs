@@ -45,6 +45,8 @@ fn overlay(
     place: &Path,
 ) -> Result<OwnedFd, Error> {
     let filesystem = Filesystem::open("overlay")?;
+    // What is shown as mounted.
+    filesystem.set("source", "overlay")?;
     let mut mounts = Vec::with_capacity(layers.len());
     for layer in layers {
         let mount = mount_layer(layer, true)?;
