@@ -1,15 +1,21 @@
 //! The pod's cgroup on the host, in which shim and VMM live: what the machine uses is accounted to its pod and bounded by
 //! the pod's limits. Nothing is limited here: a container's own limits hold inside the guest.
 
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
+use std::ptr;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// How long [`remove`] waits for each process of a cgroup that is on its way out, in milliseconds.
 const END_TIMEOUT: u16 = 3000;
+
+/// The extended attribute of the cgroups that Bulkhead made, so that whoever is the last to leave may remove them.
+const MARK: &CStr = c"trusted.bulkhead";
 
 /// How often a directory is made again that somebody else removed meanwhile.
 const ATTEMPTS: usize = 16;
@@ -112,31 +118,49 @@ impl Hierarchy {
         Ok(all)
     }
 
-    /// Makes the directory and its parents, and notes those that were not there.
-    fn make(&self, directory: &Path, created: &mut Vec<PathBuf>) -> Result<(), Error> {
+    /// Makes the directory and its parents, and marks those that were not there.
+    fn make(&self, directory: &Path) -> Result<(), Error> {
         // Whoever ends meanwhile may remove a parent again that has become empty.
         for _ in 0..ATTEMPTS {
-            let mut path = self.mount_point.clone();
-            let mut removed = false;
-            for component in directory {
-                let parent = path.clone();
-                path.push(component);
-                match fs::create_dir(&path) {
-                    Ok(()) => created.push(path.clone()),
-                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => removed = true,
-                    Err(error) => return Err(io_error("making", &path)(error)),
-                }
-                if !removed {
-                    self.inherit(&parent, &path)?;
-                }
-            }
-            if !removed {
-                return Ok(());
+            match self.try_to_make(directory) {
+                Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+                result => return result,
             }
         }
         let path = self.mount_point.join(directory);
         Err(io_error("making", &path)(io::ErrorKind::NotFound.into()))
+    }
+
+    fn try_to_make(&self, directory: &Path) -> Result<(), Error> {
+        let mut path = self.mount_point.clone();
+        for component in directory {
+            let parent = path.clone();
+            path.push(component);
+            match fs::create_dir(&path) {
+                Ok(()) => mark(&path),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(io_error("making", &path)(error)),
+            }
+            self.inherit(&parent, &path)?;
+        }
+        Ok(())
+    }
+
+    /// Removes the directory, and then its parents as far as Bulkhead made them and nobody uses them.
+    fn remove(&self, directory: &Path) -> Result<(), Error> {
+        let path = self.mount_point.join(directory);
+        match fs::remove_dir(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(io_error("removing", &path)(error));
+            }
+            _ => {}
+        }
+        for parent in path.ancestors().skip(1) {
+            if parent == self.mount_point || !is_marked(parent) || fs::remove_dir(parent).is_err() {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// A cpuset of version 1 takes no process until it was told its processors and memory nodes.
@@ -200,33 +224,23 @@ fn parse(cgroups: &str, mounts: &str) -> Vec<Hierarchy> {
 /// This process's stay in a cgroup; see [`enter`].
 #[derive(Debug)]
 pub struct Stay {
-    hierarchies: Vec<Joined>,
-}
-
-#[derive(Debug)]
-struct Joined {
     directory: PathBuf,
-    previous: PathBuf,
-    created: Vec<PathBuf>,
+    /// As they were before.
+    hierarchies: Vec<Hierarchy>,
 }
 
 /// Moves this process, with all its threads, into a cgroup of every hierarchy, which is made if it is not there. What it
 /// starts from now on is there, too. On failure everything is as it was.
 pub fn enter(directory: &Path) -> Result<Stay, Error> {
     let mut stay = Stay {
+        directory: directory.to_owned(),
         hierarchies: Vec::new(),
     };
     for hierarchy in Hierarchy::all()? {
-        let directory_here = hierarchy.mount_point.join(directory);
-        let mut created = Vec::new();
         let joined = hierarchy
-            .make(directory, &mut created)
-            .and_then(|()| join(&directory_here));
-        stay.hierarchies.push(Joined {
-            directory: directory_here,
-            previous: hierarchy.current,
-            created,
-        });
+            .make(directory)
+            .and_then(|()| join(&hierarchy.mount_point.join(directory)));
+        stay.hierarchies.push(hierarchy);
         if let Err(error) = joined {
             // The first failure is the one to tell.
             let _ = stay.leave();
@@ -237,33 +251,46 @@ pub fn enter(directory: &Path) -> Result<Stay, Error> {
 }
 
 impl Stay {
-    /// Moves this process back to where it was, and removes the cgroup, and its parents as far as [`enter`] made them and
+    /// Moves this process back to where it was, and removes the cgroup, and its parents as far as Bulkhead made them and
     /// nobody else uses them.
     pub fn leave(self) -> Result<(), Error> {
         let mut result = Ok(());
-        for joined in self.hierarchies.iter().rev() {
-            let left = join(&joined.previous).and_then(|()| remove_directory(&joined.directory));
-            for parent in joined.created.iter().rev() {
-                // Another container may live there.
-                let _ = fs::remove_dir(parent);
-            }
+        for hierarchy in self.hierarchies.iter().rev() {
+            let left = join(&hierarchy.current).and_then(|()| hierarchy.remove(&self.directory));
             result = result.and(left);
         }
         result
     }
 }
 
-/// Removes the cgroup of a shim that is dead. Waits until the processes in it, which are ending, are gone.
+/// Removes the cgroup of a shim that is dead, and its parents like [`Stay::leave`]. Waits until the processes in it, which
+/// are ending, are gone.
 pub fn remove(directory: &Path) -> Result<(), Error> {
     for hierarchy in Hierarchy::all()? {
-        let path = hierarchy.mount_point.join(directory);
-        let processes = fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
+        let processes = hierarchy.mount_point.join(directory).join("cgroup.procs");
+        let processes = fs::read_to_string(processes).unwrap_or_default();
         for process in processes.lines().filter_map(|line| line.parse().ok()) {
             wait_for_end(process);
         }
-        remove_directory(&path)?;
+        hierarchy.remove(directory)?;
     }
     Ok(())
+}
+
+/// Notes that Bulkhead made a cgroup. Where that cannot be noted, the cgroup stays when it is empty.
+fn mark(path: &Path) {
+    if let Ok(path) = CString::new(path.as_os_str().as_bytes()) {
+        // SAFETY: both strings end with a zero, and an empty value is read from nowhere.
+        unsafe { libc::setxattr(path.as_ptr(), MARK.as_ptr(), ptr::null(), 0, 0) };
+    }
+}
+
+/// Whether Bulkhead made a cgroup.
+fn is_marked(path: &Path) -> bool {
+    CString::new(path.as_os_str().as_bytes()).is_ok_and(|path| {
+        // SAFETY: both strings end with a zero, and of no value's length nothing is written.
+        unsafe { libc::getxattr(path.as_ptr(), MARK.as_ptr(), ptr::null_mut(), 0) >= 0 }
+    })
 }
 
 /// Waits until a process is gone, or long enough.
@@ -285,16 +312,6 @@ fn wait_for_end(process: libc::pid_t) {
 fn join(directory: &Path) -> Result<(), Error> {
     let path = directory.join("cgroup.procs");
     fs::write(&path, "0").map_err(io_error("moving the shim by", &path))
-}
-
-/// Removes a cgroup; it is not an error if it is not there.
-fn remove_directory(path: &Path) -> Result<(), Error> {
-    match fs::remove_dir(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(io_error("removing", path)(error))
-        }
-        _ => Ok(()),
-    }
 }
 
 fn io_error<P: AsRef<Path> + ?Sized>(
@@ -412,13 +429,27 @@ mod tests {
 
         drop(child.stdin.take());
         let reaper = std::thread::spawn(move || child.wait().unwrap());
+        // Meanwhile another container of the pod lives beside it, and is the last to leave.
+        let neighbour = Path::new(&parent).join("pod/neighbour");
+        let stay = enter(&neighbour).unwrap();
         remove(&directory).unwrap();
         reaper.join().unwrap();
         remove(&directory).unwrap();
-        for hierarchy in Hierarchy::all().unwrap() {
-            for rest in [format!("{parent}/pod"), parent.clone()] {
-                fs::remove_dir(hierarchy.mount_point.join(rest)).unwrap();
-            }
+        assert!(!is_clean());
+        stay.leave().unwrap();
+        assert!(is_clean());
+
+        // What others made stays.
+        let all = Hierarchy::all().unwrap();
+        for hierarchy in &all {
+            fs::create_dir(hierarchy.mount_point.join(&parent)).unwrap();
+            hierarchy
+                .inherit(&hierarchy.mount_point, &hierarchy.mount_point.join(&parent))
+                .unwrap();
+        }
+        enter(&directory).unwrap().leave().unwrap();
+        for hierarchy in &all {
+            fs::remove_dir(hierarchy.mount_point.join(&parent)).unwrap();
         }
 
         // A file of the CPU controller, so that other hierarchies have been joined when it is in the way.
