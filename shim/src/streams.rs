@@ -22,7 +22,7 @@ use rustix::io::ioctl_fionread;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::UnixStream;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::logger::{self, Owner};
@@ -76,11 +76,13 @@ pub enum Error {
 /// The host's ends, open; nothing is copied yet.
 #[derive(Debug, Default)]
 pub struct Ends {
-    stdin: Option<Input>,
+    /// The path of a FIFO.
+    stdin: Option<String>,
     stdout: Option<Arc<Output>>,
     stderr: Option<Arc<Output>>,
 }
 
+/// Standard input, once it is open.
 #[derive(Debug)]
 struct Input {
     reader: AsyncFd<OwnedFd>,
@@ -103,9 +105,10 @@ struct Pipe {
 }
 
 impl Ends {
-    /// Opens the host's ends. Waits for logging programs to be ready, but never for the other side of a FIFO.
+    /// Opens the host's ends, but standard input only when it is wanted ([`Streams::open_stdin`]). Waits for logging
+    /// programs to be ready, but never for the other side of a FIFO.
     pub async fn open(stdio: &Stdio, owner: &Owner) -> Result<Self, Error> {
-        let stdin = Input::open(&stdio.stdin)?;
+        let stdin = Input::find(&stdio.stdin)?;
         let [stdout, mut stderr] = Output::open("stdout", &stdio.stdout, owner).await?;
         if stdio.terminal {
             stderr = None;
@@ -140,12 +143,19 @@ impl Ends {
         let mut names = Names::default();
         let mut streams = streams.into_iter();
         let mut next = || streams.next().ok_or(io::ErrorKind::UnexpectedEof);
-        if let Some(Input { reader, writer }) = self.stdin {
+        if let Some(path) = self.stdin {
             let (name, stream) = next()?;
             names.stdin = name;
             let socket = into_async_fd(stream)?;
-            let task = copying.tasks.spawn(feed(reader, socket));
-            copying.stdin = Some((writer, task));
+            let (reader, opened) = oneshot::channel();
+            let task = copying.tasks.spawn(feed(opened, socket));
+            copying.stdin = Some(Stdin {
+                path,
+                reader: Some(reader),
+                writer: None,
+                closed: false,
+                task,
+            });
         }
         for (output, name_of) in [
             (self.stdout, &mut names.stdout),
@@ -163,33 +173,33 @@ impl Ends {
 }
 
 impl Input {
-    fn open(path: &str) -> Result<Option<Self>, Error> {
+    /// Checks that there is a FIFO to open.
+    fn find(path: &str) -> Result<Option<String>, Error> {
         if path.is_empty() {
             return Ok(None);
         }
-        let error = |source| Error::Open {
-            stream: "stdin",
-            path: path.to_owned(),
-            source,
-        };
-        let nonblocking = |options: &mut OpenOptions| {
-            options
-                .custom_flags(libc::O_NONBLOCK)
-                .open(path)
-                .map_err(error)
-        };
-        let reader = nonblocking(OpenOptions::new().read(true))?;
-        if !reader.metadata().map_err(error)?.file_type().is_fifo() {
-            return Err(Error::NotFifo {
-                stream: "stdin",
-                path: path.to_owned(),
-            });
+        let path = path.to_owned();
+        let stream = "stdin";
+        match std::fs::metadata(&path) {
+            Ok(metadata) if metadata.file_type().is_fifo() => Ok(Some(path)),
+            Ok(_) => Err(Error::NotFifo { stream, path }),
+            Err(source) => Err(Error::Open {
+                stream,
+                path,
+                source,
+            }),
         }
+    }
+
+    fn open(path: &str) -> io::Result<Self> {
+        let nonblocking =
+            |options: &mut OpenOptions| options.custom_flags(libc::O_NONBLOCK).open(path);
+        let reader = nonblocking(OpenOptions::new().read(true))?;
         let writer = nonblocking(OpenOptions::new().write(true))?;
-        Ok(Some(Self {
-            reader: register(reader.into(), Interest::READABLE).map_err(error)?,
+        Ok(Self {
+            reader: register(reader.into(), Interest::READABLE)?,
             writer,
-        }))
+        })
     }
 }
 
@@ -287,26 +297,54 @@ pub struct Names {
     pub stderr: String,
 }
 
+/// A standard input, before and after it is opened.
+#[derive(Debug)]
+struct Stdin {
+    path: String,
+    /// Takes the open FIFO to the copying task, once.
+    reader: Option<oneshot::Sender<AsyncFd<OwnedFd>>>,
+    /// Keeps the reader from the end of the data until the input is closed.
+    writer: Option<File>,
+    closed: bool,
+    task: AbortHandle,
+}
+
 /// The streams of one process at work. Dropping this ends the copying and closes every end.
 #[derive(Debug)]
 pub struct Streams {
     tasks: JoinSet<()>,
-    stdin: Option<(File, AbortHandle)>,
+    stdin: Option<Stdin>,
     open_outputs: watch::Receiver<usize>,
 }
 
 impl Streams {
+    /// Opens standard input on the host. That lets clients go on that wait for a reader, and they may come to the end of their
+    /// input before they are ready to tell: an exec's is opened when it starts, as runc's shim does.
+    pub fn open_stdin(&mut self) -> io::Result<()> {
+        let Some(stdin) = &mut self.stdin else {
+            return Ok(());
+        };
+        if let Some(sender) = stdin.reader.take() {
+            let Input { reader, writer } = Input::open(&stdin.path)?;
+            // A task that has ended has no use for it.
+            let _ = sender.send(reader);
+            stdin.writer = Some(writer).filter(|_| !stdin.closed);
+        }
+        Ok(())
+    }
+
     /// Lets standard input end once what was written to it is delivered and its other writers have closed it.
     pub fn close_stdin(&mut self) {
-        if let Some((writer, _)) = self.stdin.take() {
-            drop(writer);
+        if let Some(stdin) = &mut self.stdin {
+            stdin.closed = true;
+            stdin.writer = None;
         }
     }
 
     /// The process has ended: nobody will read its standard input any more.
     pub fn process_ended(&mut self) {
-        if let Some((_, task)) = self.stdin.take() {
-            task.abort();
+        if let Some(stdin) = self.stdin.take() {
+            stdin.task.abort();
         }
     }
 
@@ -338,7 +376,9 @@ impl Drop for Open {
 }
 
 /// Carries standard input to the guest; its end is a half-close.
-async fn feed(reader: AsyncFd<OwnedFd>, socket: AsyncFd<OwnedFd>) {
+async fn feed(opened: oneshot::Receiver<AsyncFd<OwnedFd>>, socket: AsyncFd<OwnedFd>) {
+    // An error means that nobody wants it any more.
+    let Ok(reader) = opened.await else { return };
     match splice_all(&reader, &socket).await {
         Ok(()) => {
             // A guest that is gone needs no half-close.

@@ -53,7 +53,8 @@ impl Host {
             streams.push((number.to_string(), host));
             guests.push(guest);
         }
-        let (copying, names) = ends.copy(streams).unwrap();
+        let (mut copying, names) = ends.copy(streams).unwrap();
+        copying.open_stdin().unwrap();
         let names = [names.stdin, names.stdout, names.stderr];
         let names: Vec<_> = names.into_iter().filter(|n| !n.is_empty()).collect();
         assert!(
@@ -173,6 +174,30 @@ async fn input_that_is_closed_first_is_still_delivered() {
     drop(writer);
     streams.close_stdin();
     assert_eq!(read_all(&mut guests[0]).await, b"early");
+}
+
+#[tokio::test]
+async fn input_that_is_closed_before_it_is_opened_is_still_delivered() {
+    let host = Host::new(&["stdin"]);
+    let ends = Ends::open(&host.stdio, &Owner::default()).await.unwrap();
+    let (end, mut guest) = UnixStream::pair().unwrap();
+    let (mut streams, _) = ends.copy([("0".to_owned(), end)]).unwrap();
+    let sender = pipe::OpenOptions::new().open_sender(host.path("stdin"));
+    assert_eq!(
+        sender.unwrap_err().raw_os_error(),
+        Some(libc::ENXIO),
+        "a client must wait for the start"
+    );
+    let mut writer = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(host.path("stdin"))
+        .unwrap();
+    writer.write_all(b"early").unwrap();
+    streams.close_stdin();
+    streams.open_stdin().unwrap();
+    drop(writer);
+    assert_eq!(read_all(&mut guest).await, b"early");
 }
 
 #[tokio::test]

@@ -239,7 +239,8 @@ impl Tasks {
         rootfs: Vec<Mount>,
     ) -> Result<Streams, Error> {
         let spec = spec.into_guest()?;
-        let (streams, names) = self.sandbox.copy(ends).await?;
+        let (mut streams, names) = self.sandbox.copy(ends).await?;
+        streams.open_stdin().map_err(Error::Stream)?;
         let request = CreateTaskRequest {
             id: request.id.clone(),
             rootfs,

@@ -41,6 +41,9 @@ impl Tasks {
             }
             let process = process_mut(container, &exec_id)?;
             process.change(Change::Start).map_err(refused)?;
+            if let Some(streams) = &mut process.streams {
+                streams.open_stdin().map_err(Error::Stream)?;
+            }
             if container.kind == Kind::Sandbox {
                 container.started(&exec_id, &self.events);
             }
