@@ -31,6 +31,12 @@ use crate::state::write_atomically;
 /// Where containerd's shims have their sockets.
 const SOCKET_DIRECTORY: &str = "/run/containerd/s";
 
+/// The container's specification, in its bundle.
+const CONFIG: &str = "config.json";
+
+/// Where a bundle says which socket serves its task.
+pub const ADDRESS: &str = "address";
+
 /// The most that is read from standard input, in bytes.
 const MAX_INPUT: u64 = 10 << 20;
 
@@ -66,8 +72,8 @@ pub enum Error {
     Reply(protobuf::Error),
 }
 
-/// Does what `start` asks for, in the bundle's directory, and returns what to print.
-pub fn start(args: &Args, bundle: &Path) -> Result<Vec<u8>, Error> {
+/// Does what `start` asks for, in the bundle, which is the current directory, and returns what to print.
+pub fn start(args: &Args) -> Result<Vec<u8>, Error> {
     let mut input = Vec::new();
     io::stdin()
         .lock()
@@ -75,13 +81,7 @@ pub fn start(args: &Args, bundle: &Path) -> Result<Vec<u8>, Error> {
         .read_to_end(&mut input)
         .map_err(at("read", "standard input"))?;
     let params = parse_params(&input, args);
-    let config = File::open(bundle.join("config.json"))
-        .and_then(|mut file| {
-            let mut text = Vec::new();
-            file.read_to_end(&mut text)?;
-            Ok(text)
-        })
-        .map_err(at("read", bundle.join("config.json")))?;
+    let config = fs::read(CONFIG).map_err(at("read", CONFIG))?;
     let group = group(&config)?;
     let directory = params
         .as_ref()
@@ -96,11 +96,11 @@ pub fn start(args: &Args, bundle: &Path) -> Result<Vec<u8>, Error> {
     );
     let address = format!("unix://{}", socket.display());
     let listener = listen(&socket)?;
-    let file = bundle.join("address");
-    let written = write_atomically(&file, address.as_bytes()).map_err(at("write", file));
+    let written = write_atomically(Path::new(ADDRESS), address.as_bytes());
+    let written = written.map_err(at("write", ADDRESS));
     if let Some(listener) = listener {
         written
-            .and_then(|()| spawn(args, params.as_ref(), bundle, listener))
+            .and_then(|()| spawn(args, params.as_ref(), listener))
             .inspect_err(|_| drop(fs::remove_file(&socket)))?;
     } else {
         written?;
@@ -218,7 +218,6 @@ fn bind(socket: &Path) -> io::Result<UnixListener> {
 fn spawn(
     args: &Args,
     params: Option<&BootstrapParams>,
-    bundle: &Path,
     listener: UnixListener,
 ) -> Result<(), Error> {
     if std::env::var_os("SCHED_CORE").is_some_and(|value| !value.is_empty()) {
@@ -231,7 +230,6 @@ fn spawn(
     command
         .args(["-namespace", &args.namespace, "-address", &args.address])
         .args(["-publish-binary", &args.publish_binary, "-id", &args.id])
-        .current_dir(bundle)
         .stdin(OwnedFd::from(listener))
         .stdout(Stdio::null())
         .stderr(Stdio::null());

@@ -17,7 +17,7 @@ use ttrpc::asynchronous::Client;
 use ttrpc::context::{Context, with_duration};
 
 use crate::args::Args;
-use crate::bootstrap::remove_dead_socket;
+use crate::bootstrap::{ADDRESS, remove_dead_socket};
 use crate::cgroup;
 use crate::process::{Exit, KILLED};
 use crate::state::State;
@@ -95,7 +95,7 @@ fn end_shim(state: &State) -> Result<(), Error> {
 
 /// The socket of the shim that `start` found or made for this bundle.
 fn socket_of(bundle: &Path) -> Option<PathBuf> {
-    let address = std::fs::read_to_string(bundle.join("address")).ok()?;
+    let address = std::fs::read_to_string(bundle.join(ADDRESS)).ok()?;
     Some(PathBuf::from(address.trim().strip_prefix("unix://")?))
 }
 
@@ -177,7 +177,7 @@ mod tests {
             |bundle: &Path| std::fs::create_dir(bundle.join("rootfs")).unwrap(),
             |bundle: &Path| {
                 let address = format!("unix://{}/s/socket", bundle.display());
-                std::fs::write(bundle.join("address"), address).unwrap();
+                std::fs::write(bundle.join(ADDRESS), address).unwrap();
             },
         ] {
             prepare(dir.path());

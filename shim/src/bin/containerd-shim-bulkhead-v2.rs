@@ -2,7 +2,6 @@
 
 use std::fmt::Display;
 use std::io::{self, Read, Write};
-use std::path::Path;
 use std::process::ExitCode;
 
 use bulkhead_shim::args::{self, Action, Args, Invocation};
@@ -31,7 +30,7 @@ fn main() -> ExitCode {
 
 /// containerd reads standard output and error of `start` as one text: the address, or, if it fails, the reason.
 fn start(args: &Args) -> ExitCode {
-    match bootstrap::start(args, Path::new(".")) {
+    match bootstrap::start(args) {
         Ok(reply) => print(&reply),
         Err(error) => {
             print(error.to_string().as_bytes());
