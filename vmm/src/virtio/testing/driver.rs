@@ -1,6 +1,6 @@
 //! The guest's side of a device, and of its queues.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -152,12 +152,24 @@ impl<'a> Driver<'a> {
     /// Waits until the device has interrupted with an MSI-X vector, while MSI-X is not enabled and KVM does not take the
     /// event away. Returns how often.
     pub fn wait(&self, vector: u16) -> u64 {
-        let event = self.transport.event(vector);
-        // SAFETY: the descriptor is open for as long as the event is borrowed.
-        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(event.as_raw_fd()) };
-        let ready = poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], 20_000u16).unwrap();
-        assert_eq!(ready, 1, "no interrupt for vector {vector}");
-        event.read().unwrap()
+        assert_eq!(self.wait_for_any(&[vector]), vector);
+        self.interrupts(vector)
+    }
+
+    /// Waits until the device has interrupted with one of these MSI-X vectors, and returns the first that it was.
+    pub fn wait_for_any(&self, vectors: &[u16]) -> u16 {
+        let mut events: Vec<_> = vectors
+            .iter()
+            .map(|&vector| {
+                let event = self.transport.event(vector).as_raw_fd();
+                // SAFETY: the descriptor is open for as long as the transport is borrowed.
+                PollFd::new(unsafe { BorrowedFd::borrow_raw(event) }, PollFlags::POLLIN)
+            })
+            .collect();
+        let ready = poll(&mut events, 60_000u16).unwrap();
+        assert!(ready > 0, "no interrupt for any of {vectors:?}");
+        let is_ready = |event: &PollFd<'_>| event.any() == Some(true);
+        vectors[events.iter().position(is_ready).unwrap()]
     }
 
     /// How often the device has interrupted with an MSI-X vector.

@@ -189,6 +189,81 @@ fn is_broken<'a>(mut rig: Rig<'a>, name: &str) -> Driver<'a> {
     rig.driver
 }
 
+/// Requests that are mostly right, with something wrong here and there: each is answered or needs a reset, and what is not the
+/// disk's stays as it was.
+#[test]
+fn random_requests_harm_nothing_else() {
+    let machine = Machine::default();
+    let files = [file(&[0x11; 1 << 16]), file(&[0x22; 1 << 16])];
+    let extents = [extent(1000, 20_000), extent(4096, 12_768)];
+    let device = block(false, &extents, &[&files[0], &files[1]]);
+    let mut driver = Some(machine.attach(device));
+    let mut random = Random(2024);
+    let (mut answered, mut broken) = (0, 0);
+    while answered + broken < 3000 {
+        let mut rig = Rig::start(driver.take().unwrap(), !EVENT_IDX);
+        loop {
+            let kinds = [IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, 99];
+            let kind = kinds[random.below(7) as usize];
+            let direction = if matches!(kind, IN | GET_ID) {
+                WRITE
+            } else {
+                0
+            };
+            let sectors = random.below(70);
+            rig.put(&random.bytes(4096));
+            if kind >= DISCARD {
+                rig.put_ranges(&[(random.below(64), random.below(20) as u32, 0); 8]);
+            }
+            rig.prepare(kind, random.below(70));
+            let mut buffers = vec![(HEADER, 16, 0)];
+            for _ in 0..random.below(4) {
+                let at = DATA + random.below(4) * 16;
+                let length = 16 * random.below(33 * (1 + sectors)) as u32;
+                buffers.push((at, length, direction));
+            }
+            buffers.push((STATUS, 1, WRITE));
+            if random.below(3) == 0 {
+                let index = random.below(buffers.len() as u64) as usize;
+                let (address, length, flags) = &mut buffers[index];
+                match random.below(6) {
+                    0 => *address = random.number(),
+                    1 => *address = OUTSIDE - random.below(600),
+                    2 => *length = random.number() as u32,
+                    3 => *length = 0,
+                    4 => *flags = random.number() as u16,
+                    _ => *flags ^= WRITE,
+                }
+            }
+            if random.below(2) == 0 {
+                rig.queue.add(&buffers);
+            } else {
+                rig.queue.add_indirect(TABLE, &buffers);
+            }
+            rig.driver.kick(0);
+            if rig.driver.wait_for_any(&[0, 1]) == 0 {
+                break;
+            }
+            rig.driver.interrupts(1);
+            rig.queue.take_used().unwrap();
+            answered += 1;
+        }
+        broken += 1;
+        rig.driver.set_status(0);
+        rig.driver.interrupts(0);
+        rig.driver.interrupts(1);
+        driver = Some(rig.driver);
+    }
+    assert!(answered > 1000 && broken > 200, "{answered} {broken}");
+    for (file, extent, byte) in [(&files[0], extents[0], 0x11), (&files[1], extents[1], 0x22)] {
+        let mut content = vec![0; file.metadata().unwrap().len() as usize];
+        assert_eq!(content.len(), 1 << 16);
+        file.read_exact_at(&mut content, 0).unwrap();
+        content.drain(extent.offset as usize..(extent.offset + extent.length) as usize);
+        assert!(content.iter().all(|&other| other == byte));
+    }
+}
+
 /// A file that has become shorter than the disk: the part that is gone cannot be read, and is not made up.
 #[test]
 fn a_file_that_shrank_is_an_error() {

@@ -224,3 +224,93 @@ fn streams_of_a_guest_that_takes_no_answers_leave_nothing() {
     rig.give(1);
     rig.expect_nothing();
 }
+
+/// Packets that are mostly right, with something wrong here and there, and a guest that gives buffers as it likes.
+#[test]
+fn random_packets_harm_nobody() {
+    let machine = Machine::default();
+    let vsock = Vsock::new(CID, vec![PORT]).unwrap();
+    let mut driver = Some(machine.attach(vsock.clone()));
+    let mut random = Random(2025);
+    let mut hosts: Vec<UnixStream> = Vec::new();
+    let (mut sent, mut broken) = (0, 0);
+    while sent < 20_000 {
+        let mut rig = Rig::start(driver.take().unwrap(), vsock.clone(), 8);
+        // The ports of the streams that the host opens.
+        let mut ports = vec![PORT];
+        while rig.driver.status() == 15 {
+            sent += 1;
+            let host = ports[random.below(ports.len() as u64) as usize];
+            let peer = Peer::new(host, 5000 + random.below(6) as u32);
+            // Enough requests, and payloads in between.
+            let codes = [1, 1, 1, 2, 3, 4, 5, 5, 5, 5, 5, 6, 7];
+            let operation = codes[random.below(codes.len() as u64) as usize];
+            let mut header = peer.header(Operation::from(operation));
+            let payload = random.bytes(random.clone().below(600) as usize);
+            header.length = payload.len() as u32;
+            header.forwarded = random.below(100) as u32;
+            header.flags = random.below(4) as u32;
+            match random.below(60) {
+                0 => header.length = random.number() as u32,
+                1 => header.buffer = random.number() as u32,
+                2 => header.forwarded = random.number() as u32,
+                3 => header.kind = random.number() as u16,
+                4 => header.operation = Operation::from(random.number() as u16),
+                5 => header.source_cid = random.number(),
+                6 => header.destination_cid = random.number(),
+                _ => {}
+            }
+            match random.below(400) {
+                0 => {
+                    rig.tx.add(&[(TX_BUFFERS, random.below(44) as u32, 0)]);
+                }
+                1 => {
+                    rig.rx.add(&[(random.number(), 4096, WRITE)]);
+                }
+                _ => rig.send_pieces(&header, &payload, &[random.below(60) as usize]),
+            }
+            rig.pump();
+            while rig.tx.take_used().is_some() {}
+            // The host does something, too.
+            let opened = rig.opened.drain(..);
+            hosts.extend(opened.map(|opened| UnixStream::from(opened.stream)));
+            if hosts.len() > 12 || random.below(8) == 0 && !hosts.is_empty() {
+                let host = random.below(hosts.len() as u64) as usize;
+                drop(hosts.swap_remove(host));
+            }
+            if random.below(4) == 0 {
+                let (host, device) = UnixStream::pair().unwrap();
+                let port = 5000 + random.below(6) as u32;
+                rig.vsock.connect(port, device.into()).unwrap();
+                hosts.push(host);
+            }
+            if let Some(host) = hosts.last_mut() {
+                host.set_nonblocking(true).unwrap();
+                // The other end may be gone.
+                let _ = host.read_to_end(&mut Vec::new());
+                let length = random.below(5000) as usize;
+                let _ = host.write(&random.bytes(length));
+            }
+            rig.pump();
+            if random.below(3) > 0 {
+                while let Some((_, head)) = rig.take_header() {
+                    if head.operation == Operation::Request {
+                        ports.push(head.source_port);
+                        ports.truncate(20);
+                    }
+                    rig.give(1);
+                }
+            }
+            rig.streams();
+        }
+        broken += 1;
+        rig.driver.set_status(0);
+        driver = Some(rig.driver);
+    }
+    drop(hosts);
+    assert!(broken > 20, "{broken}");
+    let mut rig = Rig::start(driver.take().unwrap(), vsock, 8);
+    rig.pump();
+    rig.driver.set_status(0);
+    assert_eq!(rig.streams(), 0);
+}

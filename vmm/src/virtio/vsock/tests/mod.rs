@@ -128,6 +128,16 @@ impl<'a> Rig<'a> {
         Some(packet)
     }
 
+    /// The next packet's length and header, whatever they say.
+    fn take_header(&mut self) -> Option<(u32, Header)> {
+        let (head, length) = self.rx.take_used()?;
+        let at = RX_BUFFERS + u64::from(head) * 4096;
+        let mut bytes = [0; HEADER];
+        let ram = &self.driver.machine.ram;
+        ram.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        Some((length, Header::from_bytes(&bytes)))
+    }
+
     fn receive_and_keep(&mut self) -> Option<(Header, Vec<u8>)> {
         let (head, length) = self.rx.take_used()?;
         let at = RX_BUFFERS + u64::from(head) * 4096;
