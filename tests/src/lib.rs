@@ -1,1 +1,17 @@
-//! What the end-to-end tests share.
+//! The test node, the images, and what the end-to-end tests and benchmarks share.
+
+pub mod cache;
+pub mod debian;
+pub mod demo;
+pub mod error;
+pub mod images;
+pub mod layer;
+pub mod node;
+pub mod oci;
+pub mod payload;
+pub mod place;
+pub mod process;
+pub mod scratch;
+pub mod site;
+pub mod step;
+pub mod terminal;
