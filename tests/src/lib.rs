@@ -1,11 +1,13 @@
 //! The test node, the images, and what the end-to-end tests and benchmarks share.
 
 pub mod cache;
+pub mod ctr;
 pub mod debian;
 pub mod demo;
 pub mod error;
 pub mod images;
 pub mod layer;
+pub mod leftovers;
 pub mod node;
 pub mod oci;
 pub mod payload;

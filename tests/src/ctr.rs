@@ -1,0 +1,359 @@
+//! Containers through `ctr`, containerd's own command line, which adds nothing of its own between a test and the shim.
+
+use std::ffi::OsString;
+use std::io::{self, Read, Write};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal};
+
+use crate::error::{Context, Error, Result};
+use crate::leftovers::Snapshot;
+use crate::process;
+use crate::site::{self, Site};
+
+/// How long one call of ctr may take, on an emulated node with other work to do.
+const CALL_LIMIT: Duration = Duration::from_secs(600);
+
+/// How long it may take until nothing is left of what has ended.
+const SETTLE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Who runs containers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Runtime {
+    Bulkhead,
+    Runc,
+}
+
+impl Runtime {
+    /// containerd's name of it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bulkhead => site::RUNTIME,
+            Self::Runc => "io.containerd.runc.v2",
+        }
+    }
+}
+
+/// The site as one test has it, alone: at its end nothing may be left that was not there before.
+#[derive(Debug)]
+pub struct World {
+    site: Site,
+    before: Snapshot,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl World {
+    /// Waits for the tests before, and looks at what is there.
+    pub fn new() -> Result<Self> {
+        static ALONE: Mutex<()> = Mutex::new(());
+        // A test that failed before has cleaned up nevertheless.
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let site = Site::current()?;
+        Ok(Self {
+            before: Snapshot::take(&site)?,
+            site,
+            _alone: alone,
+        })
+    }
+
+    /// The site.
+    pub fn site(&self) -> &Site {
+        &self.site
+    }
+
+    /// A container of the test image `image`.
+    pub fn container(&self, runtime: Runtime, image: &str) -> Result<Container<'_>> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let name = format!("c{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let reference = format!("localhost/{image}:latest");
+        let images = self
+            .ctr(&["image", "list", "--quiet"])
+            .output()?
+            .success()?;
+        if !images.lines().any(|line| line == reference) {
+            self.site.import(image)?;
+        }
+        Ok(Container {
+            world: self,
+            name,
+            options: vec!["--runtime".into(), runtime.name().into()],
+            reference,
+        })
+    }
+
+    /// A call of ctr.
+    pub fn ctr(&self, arguments: &[&str]) -> Call<'_> {
+        Call {
+            site: &self.site,
+            arguments: arguments.iter().map(OsString::from).collect(),
+            input: Vec::new(),
+        }
+    }
+
+    /// Checks that nothing is left behind. Every test ends with this.
+    pub fn finish(self) -> Result<()> {
+        self.before.settle(&self.site, SETTLE_LIMIT)
+    }
+
+    /// Removes every task and every container.
+    fn clear(&self) -> Result<()> {
+        let list = |kind| -> Result<Vec<String>> {
+            let text = self.ctr(&[kind, "list", "--quiet"]).output()?.success()?;
+            Ok(text.lines().map(str::to_owned).collect())
+        };
+        for task in list("task")? {
+            self.ctr(&["task", "delete", "--force", &task]).output()?;
+        }
+        for container in list("container")? {
+            self.ctr(&["container", "delete", &container]).output()?;
+        }
+        self.before.settle(&self.site, SETTLE_LIMIT)
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // A test that fails in the middle must not spoil those after it.
+        if thread::panicking() {
+            if let Err(error) = self.clear() {
+                eprintln!("clearing up after the failed test: {error}");
+            }
+        }
+    }
+}
+
+/// A container to be.
+#[derive(Debug)]
+pub struct Container<'a> {
+    world: &'a World,
+    name: String,
+    reference: String,
+    options: Vec<OsString>,
+}
+
+impl<'a> Container<'a> {
+    /// Adds options of `ctr run`.
+    pub fn options(mut self, options: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
+        self.options.extend(options.into_iter().map(Into::into));
+        self
+    }
+
+    /// Runs `command` to its end, and removes the container.
+    pub fn run(self, command: &[&str]) -> Call<'a> {
+        self.call("--rm", command)
+    }
+
+    /// Starts `command`, and lets it run.
+    pub fn start(self, command: &[&str]) -> Result<Running<'a>> {
+        let (world, name) = (self.world, self.name.clone());
+        self.call("--detach", command).output()?.success()?;
+        Ok(Running { world, name })
+    }
+
+    fn call(self, how: &str, command: &[&str]) -> Call<'a> {
+        let mut arguments = vec!["run".into(), how.into()];
+        arguments.extend(self.options);
+        arguments.extend([self.reference.into(), self.name.into()]);
+        arguments.extend(command.iter().map(OsString::from));
+        Call {
+            site: &self.world.site,
+            arguments,
+            input: Vec::new(),
+        }
+    }
+}
+
+/// A container that runs.
+#[derive(Debug)]
+pub struct Running<'a> {
+    world: &'a World,
+    name: String,
+}
+
+impl<'a> Running<'a> {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Runs one more process in it, to its end.
+    pub fn exec(&self, command: &[&str]) -> Call<'a> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let id = format!("e{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let mut arguments = vec!["task", "exec", "--exec-id", &id, &self.name];
+        arguments.extend(command);
+        self.world.ctr(&arguments)
+    }
+
+    /// What containerd says of its task: `RUNNING`, `STOPPED` and so on.
+    pub fn status(&self) -> Result<String> {
+        let table = self.world.ctr(&["task", "list"]).output()?.success()?;
+        let mut rows = table
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let row = rows.find(|row| row.first() == Some(&self.name.as_str()));
+        match row.as_deref() {
+            Some([_, _, status]) => Ok((*status).to_owned()),
+            _ => Err(Error::Unfit(format!("no task {} in:\n{table}", self.name))),
+        }
+    }
+
+    /// Waits for its end, removes it, and returns its exit code.
+    pub fn wait(self) -> Result<i32> {
+        // Which deletes the task.
+        let code = self
+            .world
+            .ctr(&["task", "attach", &self.name])
+            .output()?
+            .code;
+        let container = self.world.ctr(&["container", "delete", &self.name]);
+        container.output()?.success()?;
+        Ok(code)
+    }
+
+    /// Sends a signal to its first process.
+    pub fn kill(&self, signal: &str) -> Result<()> {
+        let call = self
+            .world
+            .ctr(&["task", "kill", "--signal", signal, &self.name]);
+        call.output()?.success().map(drop)
+    }
+
+    /// Removes it, whatever it does.
+    pub fn delete(self) -> Result<()> {
+        let task = self
+            .world
+            .ctr(&["task", "delete", "--force", &self.name])
+            .output()?;
+        let container = self.world.ctr(&["container", "delete", &self.name]);
+        container.output()?.success()?;
+        task.success().map(drop)
+    }
+}
+
+/// A call of ctr to be.
+#[derive(Debug)]
+pub struct Call<'a> {
+    site: &'a Site,
+    arguments: Vec<OsString>,
+    input: Vec<u8>,
+}
+
+impl Call<'_> {
+    /// What it gets on its standard input.
+    pub fn input(mut self, input: impl Into<Vec<u8>>) -> Self {
+        self.input = input.into();
+        self
+    }
+
+    /// Makes the call and waits for its end.
+    pub fn output(self) -> Result<Outcome> {
+        let mut child = Command::new("ctr")
+            .args(&self.arguments)
+            .envs(self.site.environment()?)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .or_cannot("run ctr")?;
+        let pid = child.id();
+        let (answered, answer) = channel();
+        let stdin = child.stdin.take();
+        thread::spawn(move || feed(stdin, &self.input, &answer));
+        let stdout = child.stdout.take();
+        let stdout = thread::spawn(move || collect(stdout, Some(answered)));
+        let stderr = child.stderr.take();
+        let stderr = thread::spawn(move || collect(stderr, None));
+        let (ended, end) = channel();
+        thread::spawn(move || ended.send(child.wait()));
+        let words: Vec<_> = self
+            .arguments
+            .iter()
+            .map(|word| word.to_string_lossy())
+            .collect();
+        let call = format!("ctr {}", words.join(" "));
+        let Ok(status) = end.recv_timeout(CALL_LIMIT) else {
+            if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+                process::kill(pid, Signal::KILL)?;
+            }
+            let seconds = CALL_LIMIT.as_secs();
+            return Err(Error::Unfit(format!(
+                "`{call}` did not end within {seconds} s"
+            )));
+        };
+        let status = status.or_cannot("wait for ctr")?;
+        let collected = |thread: JoinHandle<io::Result<Vec<u8>>>| {
+            let died = || Error::Unfit("the reader of ctr's output died".into());
+            thread
+                .join()
+                .map_err(|_| died())?
+                .or_cannot("read ctr's output")
+        };
+        Ok(Outcome {
+            call,
+            code: status.code().unwrap_or(-1),
+            stdout: collected(stdout)?,
+            stderr: String::from_utf8_lossy(&collected(stderr)?).into_owned(),
+        })
+    }
+}
+
+/// Writes `input`, and closes the stream after the first answer: ctr does not pass on an end that comes before the
+/// container is there.
+fn feed(stdin: Option<impl Write>, input: &[u8], answer: &Receiver<()>) {
+    if let Some(mut stdin) = stdin {
+        // It fails if nobody reads it: then it was not wanted.
+        let _ = stdin.write_all(input);
+        let _ = answer.recv();
+    }
+}
+
+/// Reads a stream to its end, and tells when it has begun or ended.
+fn collect(stream: Option<impl Read>, begun: Option<Sender<()>>) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    if let Some(mut stream) = stream {
+        let mut first = [0; 4096];
+        let length = stream.read(&mut first)?;
+        bytes.extend_from_slice(&first[..length]);
+        drop(begun);
+        stream.read_to_end(&mut bytes)?;
+    }
+    Ok(bytes)
+}
+
+/// How a call of ctr ended.
+#[derive(Debug)]
+pub struct Outcome {
+    call: String,
+    /// Its exit code, which is that of the process in the container; -1 if a signal ended it.
+    pub code: i32,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+}
+
+impl Outcome {
+    /// The standard output as text, if the exit code is 0.
+    pub fn success(self) -> Result<String> {
+        if self.code == 0 {
+            return Ok(self.text());
+        }
+        let Self {
+            call, code, stderr, ..
+        } = &self;
+        Err(Error::Unfit(format!(
+            "`{call}` ended with {code}: {}{}",
+            self.text(),
+            stderr.trim()
+        )))
+    }
+
+    /// The standard output as text.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+}

@@ -1,0 +1,12 @@
+//! What users see of Bulkhead: containers on a node, through containerd. `make test` runs these tests where they can run.
+//!
+//! Each test begins with a [`World`](bulkhead_tests::ctr::World) and ends with its `finish`, which fails if anything is left
+//! behind.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
+mod confinement;
+mod exec;
+mod files;
+mod run;
+mod streams;
