@@ -1,0 +1,39 @@
+# make demo                  a container in a microVM of its own, from a fresh Debian 12 or 13
+# make node                  a shell with containerd and Bulkhead ready: on this machine if its KVM is good, else on an
+#                            emulated node (ON=host or ON=node: just there)
+#   RUN='command'            runs one command there instead; make tells its exit code
+#   SHARE=directory          puts a directory of this machine at /share in both
+# make test                  all that CI checks
+#   TEST=name                only the tests whose names contain it
+# make format                lays out the sources
+
+cargo := tests/cargo
+node := $(cargo) run --quiet --locked --package bulkhead-tests --bin node --
+export ON RUN SHARE
+
+.PHONY: demo node test lint unit e2e format
+
+demo:
+	@$(node) demo $${ON:+--on "$$ON"}
+
+node:
+	@$(node) run $${ON:+--on "$$ON"} $${SHARE:+--share "$$SHARE"} -- $${RUN:+"$$RUN"}
+
+test: $(if $(TEST),,lint) unit e2e
+
+lint:
+	$(cargo) fmt --all --check
+	@if $(cargo) clippy --version >/dev/null 2>&1; then \
+	  set -x; $(cargo) clippy --locked --workspace --all-targets -- --deny warnings; \
+	else echo 'cargo clippy is not installed: not checked with it'; fi
+
+unit:
+	$(cargo) test --locked --workspace -- $(TEST)
+
+# Wherever `make node` would run a command.
+e2e: export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER = $(CURDIR)/tests/on-node
+e2e: unit
+	$(cargo) test --locked --package bulkhead-tests --test e2e -- $(TEST)
+
+format:
+	$(cargo) fmt --all
