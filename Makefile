@@ -30,10 +30,10 @@ lint:
 unit:
 	$(cargo) test --locked --workspace -- $(TEST)
 
-# Wherever `make node` would run a command.
-e2e: export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER = $(CURDIR)/tests/on-node
+# Where `make node` would run a command. (Not an exported variable: `unit` would inherit it.)
 e2e: unit
-	$(cargo) test --locked --package bulkhead-tests --test e2e -- $(TEST)
+	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/tests/on-node' \
+	  $(cargo) test --locked --package bulkhead-tests --test e2e -- $(TEST)
 
 format:
 	$(cargo) fmt --all
