@@ -9,7 +9,7 @@ use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
 use super::packet::{self, HEADER, HOST_CID, Header, Operation, TYPE_STREAM};
-use super::stream::{Next, Phase, Ports, Stream, Violation};
+use super::stream::{Next, Over, Phase, Ports, Stream};
 use super::{Error, Opened};
 use crate::memory::GuestRam;
 use crate::virtio::{Broken, Buffers, Chain, Ring};
@@ -120,15 +120,14 @@ impl Hub {
             return;
         };
         if flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
-            match stream.phase {
-                Phase::New => stream.drain(),
-                Phase::Asked => {
+            let connecting = matches!(stream.phase, Phase::New | Phase::Asked);
+            if connecting && !stream.has_unread() {
+                // Nobody waits for the guest's answer, and there is nothing to deliver after it.
+                if stream.phase == Phase::Asked {
                     let reset = stream.control(Operation::Reset);
                     self.resets.push_back(reset);
-                    self.close(token);
-                    return;
                 }
-                Phase::Open | Phase::Draining => {}
+                return self.close(token);
             }
             stream.set_deaf();
         }
@@ -279,7 +278,7 @@ impl Hub {
                 stream.shut_down_by_guest(header.flags);
                 // Section 5.10.6.6: the end of both directions is confirmed by a reset.
                 if stream.is_shut_down_by_guest() {
-                    Err(Violation)
+                    Err(Over)
                 } else {
                     Ok(())
                 }
@@ -293,11 +292,11 @@ impl Hub {
             | Operation::Shutdown
             | Operation::CreditUpdate
             | Operation::CreditRequest
-            | Operation::Unknown(_) => Err(Violation),
+            | Operation::Unknown(_) => Err(Over),
         };
         match result {
             Ok(()) => self.settle(token),
-            Err(Violation) => {
+            Err(Over) => {
                 self.refuse(header);
                 self.close(token);
             }

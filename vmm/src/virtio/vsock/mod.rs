@@ -13,6 +13,8 @@
 //! | `close` | reads what was written, then end of file; writing fails |
 //! | reads what was written, then end of file; writing fails | `close`, or reset |
 //!
+//! As with any socket pair, the host's end reads a reset instead of the end of file when something that it wrote was not taken.
+//!
 //! The guest is not trusted with the host's memory: what the host's end does not take is held only as far as the credit goes
 //! that the guest was given. A guest that sends more loses the stream.
 //!

@@ -11,7 +11,7 @@ use std::io::{self, ErrorKind};
 use std::num::Wrapping;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use nix::sys::socket::{Shutdown, shutdown};
+use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
 
 use super::packet::{HOST_CID, Header, Operation, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM};
 use crate::virtio::Buffers;
@@ -43,9 +43,9 @@ pub enum Phase {
     Draining,
 }
 
-/// The guest broke the protocol of the stream, which must be reset.
+/// The stream ends with a reset: the guest broke its protocol, or is done with it in both directions.
 #[derive(Debug)]
-pub struct Violation;
+pub struct Over;
 
 /// A stream.
 #[derive(Debug)]
@@ -151,6 +151,12 @@ impl Stream {
         self.readable = true;
     }
 
+    /// Whether there are bytes to be read.
+    pub fn has_unread(&self) -> bool {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        matches!(recv(self.socket.as_raw_fd(), &mut [0], flags), Ok(1..))
+    }
+
     /// Every packet of the guest's tells of its room.
     pub fn note_credit(&mut self, header: &Header) {
         self.room = header.buffer;
@@ -171,23 +177,23 @@ impl Stream {
     }
 
     /// The guest accepts the connection.
-    pub fn open(&mut self) -> Result<(), Violation> {
+    pub fn open(&mut self) -> Result<(), Over> {
         if self.phase != Phase::Asked {
-            return Err(Violation);
+            return Err(Over);
         }
         self.phase = Phase::Open;
         Ok(())
     }
 
     /// The guest sends a payload of `length` bytes, the first of `payload`.
-    pub fn take(&mut self, payload: &mut Buffers<'_>, length: u32) -> Result<(), Violation> {
+    pub fn take(&mut self, payload: &mut Buffers<'_>, length: u32) -> Result<(), Over> {
         let pending = (self.received - self.forwarded).0;
         if self.phase != Phase::Open
             || self.guest_shutdown & SHUTDOWN_SEND != 0
             || payload.len() < length as usize
             || length > BUFFER - pending
         {
-            return Err(Violation);
+            return Err(Over);
         }
         self.received += length;
         let mut left = length as usize;

@@ -99,6 +99,35 @@ fn the_host_connects_to_nobody() {
     assert_eq!(rig.streams(), 0);
 }
 
+/// As on a socket that is listened to: what was written is not lost because its writer did not wait.
+#[test]
+fn the_host_closes_before_the_guest_has_accepted() {
+    let machine = Machine::default();
+    for asked in [false, true] {
+        let mut rig = Rig::new(&machine, 32);
+        let (mut host, device) = UnixStream::pair().unwrap();
+        host.write_all(b"hello and goodbye").unwrap();
+        rig.vsock.connect(9000, device.into()).unwrap();
+        if asked {
+            rig.pump();
+        }
+        drop(host);
+        let request = rig.expect(Operation::Request);
+        rig.expect_nothing();
+        let peer = Peer::new(request.source_port, 9000);
+        rig.send(&peer.header(Operation::Response), &[]);
+        let (header, payload) = rig.receive().unwrap();
+        assert_eq!(header.operation, Operation::Data);
+        assert_eq!(payload, b"hello and goodbye");
+        assert_eq!(rig.expect(Operation::Shutdown).flags, SEND | RECEIVE);
+        rig.send(&peer.header(Operation::Reset), &[]);
+        assert_eq!(rig.streams(), 0);
+        let slot = rig.driver.slot;
+        rig.driver.set_status(0);
+        machine.bus.detach(slot).unwrap();
+    }
+}
+
 #[test]
 fn connections_wait_for_the_driver_and_survive_its_reset_until_it_knows_them() {
     let machine = Machine::default();
