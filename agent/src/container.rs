@@ -35,10 +35,8 @@ pub struct Container {
 #[derive(Debug, Default)]
 struct State {
     execs: HashMap<String, Arc<Process>>,
-    /// Execs that exist.
-    alive: usize,
-    /// The init's exit, while execs are left.
-    init_exit: Option<Exit>,
+    /// Whether its init has exited, though that may not have been told yet.
+    ended: bool,
     freezer: Freezer,
     oom_kills: u64,
 }
@@ -107,6 +105,7 @@ impl Container {
 
     fn require_running(&self, state: &State, to: &str) -> Result<(), Error> {
         let is = match (self.init.status(), state.freezer) {
+            (Status::Running, _) if state.ended => "stopped",
             (Status::Running, Freezer::Thawed) => return Ok(()),
             (Status::Added | Status::Created, _) => "not started",
             (Status::Running, Freezer::Freezing | Freezer::Frozen) => "paused",
@@ -130,11 +129,6 @@ impl Container {
                 "cannot delete a running process {exec_id:?}"
             ))),
         }
-    }
-
-    /// Notes that an exec exists.
-    pub fn exec_made(&self) {
-        self.state().alive += 1;
     }
 
     /// Whether its processes are stopped.
@@ -176,33 +170,27 @@ impl Container {
     /// of memory.
     pub fn exited(self: &Arc<Self>, process: &Arc<Process>, exit: Exit, kills: &Arc<Kills>) {
         self.check_memory(kills);
-        let init_exit = {
-            let mut state = self.state();
-            if process.exec_id.is_empty() {
-                state.init_exit = Some(exit);
-            } else {
-                process.exited(exit);
-                state.alive = state.alive.saturating_sub(1);
-            }
-            if state.alive == 0 {
-                state.init_exit.take()
-            } else {
-                None
-            }
-        };
+        if !process.exec_id.is_empty() {
+            process.exited(exit);
+            return;
+        }
+        self.state().ended = true;
         // Without a PID namespace of its own nothing ends a container's other processes with its init.
-        if process.exec_id.is_empty() && !self.built.namespaces.has(sys::CLONE_NEWPID) {
+        if !self.built.namespaces.has(sys::CLONE_NEWPID) {
             if let Err(error) = self.cgroup.kill() {
                 eprintln!("container {}: {error}", self.built.id);
             }
         }
-        if let Some(exit) = init_exit {
-            let (container, kills) = (self.clone(), kills.clone());
-            tokio::spawn(async move {
-                kills.told().await;
-                container.init.exited(exit);
-            });
-        }
+        let (container, kills) = (self.clone(), kills.clone());
+        tokio::spawn(async move {
+            for exec in container.execs() {
+                if exec.status() != Status::Added {
+                    exec.wait().await;
+                }
+            }
+            kills.told().await;
+            container.init.exited(exit);
+        });
     }
 
     /// Tells of processes that were killed for lack of memory since the last look.

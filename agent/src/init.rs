@@ -5,6 +5,7 @@ use std::path::Path;
 use rustix::fs::{Mode, symlink};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
+use rustix::process::{DumpableBehavior, Resource, Rlimit};
 
 use crate::agent::Paths;
 use crate::error::{Context, Error};
@@ -39,6 +40,26 @@ const LINKS: [(&str, &str); 4] = [
     ("/proc/self/fd/2", "/dev/stderr"),
 ];
 
+/// Keeps containers' processes out of this one and of its copies.
+pub fn protect() -> rustix::io::Result<()> {
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+}
+
+/// Allows this process, and containers that name no limits, what a container engine would: the kernel gives its first process few
+/// descriptors, and users few processes on a small machine.
+fn raise_limits() -> rustix::io::Result<()> {
+    let at_most = |most| Rlimit {
+        current: most,
+        maximum: most,
+    };
+    rustix::process::setrlimit(Resource::Nofile, at_most(Some(MAX_DESCRIPTORS)))?;
+    rustix::process::setrlimit(Resource::Nproc, at_most(None))?;
+    rustix::process::setrlimit(Resource::Core, at_most(None))
+}
+
+/// The kernel's own default for what a process may ask for (`fs.nr_open`).
+const MAX_DESCRIPTORS: u64 = 1 << 20;
+
 /// Makes the guest ready for containers.
 pub fn prepare() -> Result<Paths, Error> {
     for (kind, place, flags, data) in FILE_SYSTEMS {
@@ -56,6 +77,7 @@ pub fn prepare() -> Result<Paths, Error> {
     for (target, link) in LINKS {
         unless(Errno::EXIST, symlink(target, link)).context(|| format!("linking {link}"))?;
     }
+    raise_limits().context(|| "raising the limits of processes".into())?;
     sys::loopback_up().context(|| "bringing the loopback interface up".into())?;
     cgroup::delegate(Path::new(CGROUP))?;
     Ok(Paths {

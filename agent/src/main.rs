@@ -29,6 +29,7 @@ fn run() -> Result<std::convert::Infallible, Error> {
             "this is the first process of a Bulkhead guest, and does nothing elsewhere".into(),
         ));
     }
+    init::protect().context(|| "protecting this process".into())?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();

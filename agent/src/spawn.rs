@@ -86,9 +86,9 @@ impl Agent {
                 Report::Ready => return Ok(()),
                 Report::Failed(error) => return Err(cannot_run(error)),
                 Report::Gone => {
-                    return Err(Error::Failed(
-                        "the container's first process was killed while it was made".into(),
-                    ));
+                    return Err(cannot_run(Error::Failed(
+                        "it was killed before it could start, as happens when the memory limit is too small".into(),
+                    )));
                 }
             }
         }
@@ -140,7 +140,6 @@ impl Agent {
                 child::exec(&container.built, &process.program, target, stdio, &end)
             }
             Fork::Parent(pid, descriptor) => {
-                container.exec_made();
                 let owner = Owner::Member(container.clone(), process.clone());
                 self.born(process, pid, descriptor, owner);
                 relays.start(process, &self.streams);

@@ -65,6 +65,7 @@ pub fn start(directory: &Path, group: PathBuf) -> rustix::process::Pid {
 }
 
 fn run(directory: &Path, group: PathBuf) {
+    bulkhead_agent::init::protect().unwrap();
     use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
     mount_change(
         "/",
