@@ -92,46 +92,57 @@ impl<'a> Spec<'a> {
         part(&self.linux, "resources")
     }
 
+    /// Refuses the network of the host.
+    pub fn check_network(&self) -> Result<(), Error> {
+        self.guest_namespaces().map(drop)
+    }
+
     /// The text for the guest: without what the host takes care of, and with mounts in the guest's terms.
     ///
     /// # Errors
     ///
     /// What neither the host nor the guest can do is refused by name.
-    pub fn into_guest(mut self) -> Result<Vec<u8>, Error> {
+    pub fn for_guest(&self) -> Result<Vec<u8>, Error> {
         let hooks: Option<HashMap<String, Vec<&RawValue>>> = part_borrowed(&self.fields, "hooks")?;
         for (kind, hooks) in hooks.iter().flatten() {
             if HOST_HOOKS.contains(&kind.as_str()) && !hooks.is_empty() {
                 return Err(Error::Hook(kind.clone()));
             }
         }
+        let mut linux = self.linux.clone();
+        let namespaces = to_text("namespaces", &self.guest_namespaces()?)?;
+        linux.insert("namespaces".into(), namespaces);
+        linux.remove("mountLabel");
+        let mut fields = self.fields.clone();
+        fields.insert("linux".into(), to_text("linux", &linux)?);
         if let Some(mounts) = part_borrowed::<Vec<&RawValue>>(&self.fields, "mounts")? {
-            let mounts = mounts.into_iter().map(into_guest_mount);
+            let mounts = mounts.into_iter().map(guest_mount);
             let mounts = to_text("mounts", &mounts.collect::<Result<Vec<_>, _>>()?)?;
-            self.fields.insert("mounts".into(), mounts);
+            fields.insert("mounts".into(), mounts);
         }
-        // The guest's network is the sandbox's. Namespaces of other kinds that have a path are too, as the agent takes it.
+        if let Some(process) = self.fields.get("process") {
+            let process = to_text("process", &unlabelled(process.get().as_bytes())?)?;
+            fields.insert("process".into(), process);
+        }
+        serde_json::to_vec(&fields).map_err(json_error("config.json"))
+    }
+
+    /// The namespaces that the guest makes: its network is the sandbox's. Those of other kinds that have a path are too, as the agent
+    /// takes it.
+    fn guest_namespaces(&self) -> Result<Vec<LinuxNamespace>, Error> {
         let mut namespaces: Vec<LinuxNamespace> =
             part(&self.linux, "namespaces")?.unwrap_or_default();
-        let before = namespaces.len();
+        let all = namespaces.len();
         namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
-        if namespaces.len() == before {
+        if namespaces.len() == all {
             return Err(Error::HostNetwork);
         }
-        let namespaces = to_text("namespaces", &namespaces)?;
-        self.linux.insert("namespaces".into(), namespaces);
-        self.linux.remove("mountLabel");
-        let linux = to_text("linux", &self.linux)?;
-        self.fields.insert("linux".into(), linux);
-        if let Some(Cow::Borrowed(process)) = self.fields.get("process") {
-            let process = to_text("process", &unlabelled(process.get().as_bytes())?)?;
-            self.fields.insert("process".into(), process);
-        }
-        serde_json::to_vec(&self.fields).map_err(json_error("config.json"))
+        Ok(namespaces)
     }
 }
 
 /// The text of an exec's process for the guest.
-pub fn process_into_guest(json: &[u8]) -> Result<Vec<u8>, Error> {
+pub fn process_for_guest(json: &[u8]) -> Result<Vec<u8>, Error> {
     serde_json::to_vec(&unlabelled(json)?).map_err(json_error("process"))
 }
 
@@ -144,7 +155,7 @@ fn unlabelled(process: &[u8]) -> Result<Object<'_>, Error> {
 }
 
 /// Brings one mount into the guest's terms.
-fn into_guest_mount(text: &RawValue) -> Result<Cow<'_, RawValue>, Error> {
+fn guest_mount(text: &RawValue) -> Result<Cow<'_, RawValue>, Error> {
     let mut mount: Mount = serde_json::from_str(text.get()).map_err(json_error("mounts"))?;
     let options = mount.options().as_deref().unwrap_or_default();
     let is_bind = mount.typ().as_deref() == Some("bind")
@@ -230,7 +241,7 @@ mod tests {
 
     fn guest(config: &Value) -> Result<Value, Error> {
         let text = config.to_string();
-        let guest = Spec::parse(text.as_bytes())?.into_guest()?;
+        let guest = Spec::parse(text.as_bytes())?.for_guest()?;
         Ok(serde_json::from_slice(&guest).unwrap())
     }
 
@@ -271,6 +282,9 @@ mod tests {
         let mut host = config();
         host["linux"]["namespaces"] = json!([{"type": "mount"}]);
         assert!(matches!(guest(&host), Err(Error::HostNetwork)));
+        let text = host.to_string();
+        let network = Spec::parse(text.as_bytes()).unwrap().check_network();
+        assert!(matches!(network, Err(Error::HostNetwork)));
         let mut hook = config();
         hook["hooks"] = json!({"startContainer": [{"path": "/x"}], "poststop": []});
         assert!(guest(&hook).is_ok());
@@ -296,8 +310,8 @@ mod tests {
     #[test]
     fn an_exec_loses_its_labels_only() {
         let process = br#"{"args":["ls"],"apparmorProfile":"p","cwd":"/"}"#;
-        let guest: Value = serde_json::from_slice(&process_into_guest(process).unwrap()).unwrap();
+        let guest: Value = serde_json::from_slice(&process_for_guest(process).unwrap()).unwrap();
         assert_eq!(guest, json!({"args": ["ls"], "cwd": "/"}));
-        assert!(process_into_guest(b"").is_err());
+        assert!(process_for_guest(b"").is_err());
     }
 }

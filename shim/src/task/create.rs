@@ -56,6 +56,11 @@ impl Tasks {
         let annotations = spec.annotations()?;
         let kind = Kind::of(&annotations)?;
         let config = load_config(request.options.as_ref(), &bundle)?;
+        // What the guest cannot do is refused before there is one.
+        let for_guest = match kind {
+            Kind::Sandbox => spec.check_network().map(|()| Vec::new())?,
+            Kind::Member | Kind::Single => spec.for_guest()?,
+        };
         let stdio = Stdio {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -82,7 +87,7 @@ impl Tasks {
                     }
                 };
                 let created = self
-                    .create_in_guest(&request, spec, ends, files.at(&slots))
+                    .create_in_guest(&request, for_guest, ends, files.at(&slots))
                     .await;
                 match created {
                     Ok(streams) => (machine.pid(), Some(streams), slots),
@@ -238,7 +243,7 @@ impl Tasks {
     async fn create_in_guest(
         &self,
         request: &CreateTaskRequest,
-        spec: Spec<'_>,
+        spec: Vec<u8>,
         ends: Ends,
         rootfs: Vec<Mount>,
     ) -> Result<Streams, Error> {

@@ -241,7 +241,7 @@ impl Tasks {
         };
         let ends = Ends::open(&stdio, &self.owner(&request.id)).await?;
         if let Some(spec) = request.spec.as_mut() {
-            spec.value = spec::process_into_guest(&spec.value)?;
+            spec.value = spec::process_for_guest(&spec.value)?;
         }
         let (streams, names) = self.sandbox.copy(ends).await?;
         request.stdin = names.stdin;
