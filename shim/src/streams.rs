@@ -318,8 +318,8 @@ pub struct Streams {
 }
 
 impl Streams {
-    /// Opens standard input on the host. That lets clients go on that wait for a reader, and they may come to the end of their
-    /// input before they are ready to tell: an exec's is opened when it starts, as runc's shim does.
+    /// Opens standard input on the host, for a process that is to start. That lets clients go on that wait for a reader, and they may
+    /// come to the end of their input before they are ready to tell, which they are once Create or Exec has been answered.
     pub fn open_stdin(&mut self) -> io::Result<()> {
         let Some(stdin) = &mut self.stdin else {
             return Ok(());

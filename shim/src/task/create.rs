@@ -247,9 +247,7 @@ impl Tasks {
         ends: Ends,
         rootfs: Vec<Mount>,
     ) -> Result<Streams, Error> {
-        let spec = spec.into_guest()?;
-        let (mut streams, names) = self.sandbox.copy(ends).await?;
-        streams.open_stdin().map_err(Error::Stream)?;
+        let (streams, names) = self.sandbox.copy(ends).await?;
         let request = CreateTaskRequest {
             id: request.id.clone(),
             rootfs,

@@ -40,10 +40,12 @@ impl Tasks {
                 return Err(refused(Phase::Stopped));
             }
             let process = process_mut(container, &exec_id)?;
-            process.change(Change::Start).map_err(refused)?;
+            let started = process.phase.after(Change::Start);
+            started.ok_or(refused(process.phase))?;
             if let Some(streams) = &mut process.streams {
                 streams.open_stdin().map_err(Error::Stream)?;
             }
+            process.change(Change::Start).map_err(refused)?;
             if container.kind == Kind::Sandbox {
                 container.started(&exec_id, &self.events);
             }

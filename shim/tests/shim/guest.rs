@@ -23,7 +23,7 @@ use containerd_shim_protos::api::{
 };
 use containerd_shim_protos::shim_async::{Task, create_task};
 use protobuf::well_known_types::any::Any;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, mpsc, watch};
 use ttrpc::asynchronous::transport::{Listener, Socket};
@@ -271,8 +271,9 @@ impl Task for Agent {
             ));
         }
         if args[0] == "slow" {
-            let mut stdin = self.0.stream(&request.stdin).await.unwrap();
-            stdin.read_u8().await.unwrap();
+            // Not before the host has read it.
+            let mut stdout = self.0.stream(&request.stdout).await.unwrap();
+            stdout.write_all(&[0; 1 << 20]).await.unwrap();
         }
         self.0.add(
             (request.id, String::new()),

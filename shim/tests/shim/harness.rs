@@ -393,6 +393,14 @@ impl Shim {
         (response.shim_pid, response.task_pid)
     }
 
+    /// How often the shim has a file open.
+    pub async fn open_fifos(&self, path: &str) -> usize {
+        let (pid, _) = self.pids("").await;
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+        let targets = descriptors.filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
+        targets.filter(|target| target == Path::new(path)).count()
+    }
+
     /// Ends a shim without tasks, and waits until its process is gone.
     pub async fn shut_down(&self) {
         let (pid, _) = self.pids("").await;

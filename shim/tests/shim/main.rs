@@ -129,7 +129,10 @@ async fn streams_pass_through() {
     request.stdout = stdout;
     shim.task.create(context(), &request).await.unwrap();
     assert_eq!(shim.state("c1", "").await.unwrap().stdin, stdin);
+    // Whoever writes waits until the start; a client cannot tell of the end of its input before Create has been answered.
+    assert_eq!(shim.open_fifos(&stdin).await, 0);
     shim.start("c1", "").await.unwrap();
+    assert_eq!(shim.open_fifos(&stdin).await, 2);
     let data: Vec<u8> = (0..4u32 << 20).map(|n| (n / 3) as u8).collect();
     let sent = data.clone();
     let write = tokio::task::spawn_blocking(move || {
@@ -461,6 +464,29 @@ async fn a_wrong_configuration_is_named() {
     }
 }
 
+async fn what_a_guest_cannot_do_is_refused_before_it_boots() {
+    let mut host = Host::new().await;
+    host.configure("kernel_params = \"test.hang\"");
+    let bundle = host.bundle("c1", &["wait"], json!({}));
+    let path = bundle.join("config.json");
+    let config = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, config.replace("network", "uts")).unwrap();
+    let shim = host.shim(&bundle).await;
+    let error = shim
+        .task
+        .create(context(), &host.create_request(&bundle))
+        .await
+        .unwrap_err();
+    assert_eq!(code(&error), Code::INVALID_ARGUMENT);
+    assert!(
+        text(&error).contains("network namespace of the host"),
+        "{error}"
+    );
+    shim.shut_down().await;
+    host.expect_no_more();
+    assert_eq!(host.remains(), [""; 0]);
+}
+
 async fn nothing_waits_for_a_machine_that_boots() {
     let mut host = Host::new().await;
     host.configure("kernel_params = \"test.hang\"");
@@ -497,9 +523,9 @@ async fn what_a_client_does_not_wait_for_is_deleted() {
     let bundle = host.bundle("c1", &["slow"], json!({}));
     let shim = host.shim(&bundle).await;
     let (pid, _) = shim.pids("").await;
-    let (stdin, mut writer) = host.fifo("in");
+    let (stdout, reader) = host.fifo("out");
     let mut request = host.create_request(&bundle);
-    request.stdin = stdin;
+    request.stdout = stdout;
     let impatient = ttrpc::context::with_duration(Duration::from_millis(500));
     assert!(shim.task.create(impatient, &request).await.is_err());
     // What containerd does then; nobody asks again.
@@ -512,7 +538,7 @@ async fn what_a_client_does_not_wait_for_is_deleted() {
         .await
         .unwrap();
     drop(shim);
-    writer.write_all(b"!").unwrap();
+    read_all(reader).await;
     host.expect(&["create", "exit c1 137", "delete"]).await;
     gone(pid).await;
     assert_eq!(host.remains(), [""; 0]);
@@ -765,6 +791,7 @@ fn main() -> ExitCode {
         a_machine_that_ends_ends_all_and_says_why,
         a_machine_that_does_not_come_up_says_why,
         a_wrong_configuration_is_named,
+        what_a_guest_cannot_do_is_refused_before_it_boots,
         nothing_waits_for_a_machine_that_boots,
         what_a_client_does_not_wait_for_is_deleted,
         a_pod_outlives_its_containers,
