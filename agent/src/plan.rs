@@ -5,7 +5,8 @@ use std::fs;
 use std::path::PathBuf;
 
 use oci_spec::runtime::{
-    Linux, LinuxIdMapping, LinuxPersonalityDomain, LinuxResources, Process as ProcessSpec, Spec,
+    Hook, Linux, LinuxIdMapping, LinuxPersonalityDomain, LinuxResources, Process as ProcessSpec,
+    Spec,
 };
 
 use crate::agent::Paths;
@@ -57,10 +58,7 @@ impl Plan {
         let resources = linux.resources().clone().unwrap_or_default();
         limits::settings(&resources)?;
         let device_rules = resources.devices().as_deref().unwrap_or_default();
-        let hooks = spec
-            .hooks()
-            .as_ref()
-            .and_then(|hooks| hooks.start_container().clone());
+        let hooks = spec.hooks().clone().unwrap_or_default();
         let propagation = linux
             .rootfs_propagation()
             .as_deref()
@@ -96,11 +94,11 @@ impl Plan {
                     LinuxPersonalityDomain::PerLinux32 => 8,
                 }
             }),
-            start_hooks: hooks.unwrap_or_default(),
+            create_hooks: absolute("createContainer", hooks.create_container())?,
+            start_hooks: absolute("startContainer", hooks.start_container())?,
             state: serde_json::json!({
                 "ociVersion": spec.version(),
                 "id": creation.id,
-                "status": "created",
                 "bundle": creation.bundle,
                 "annotations": spec.annotations(),
             }),
@@ -116,6 +114,19 @@ impl Plan {
             container,
         })
     }
+}
+
+/// Hooks, whose programs are named by absolute paths.
+fn absolute(kind: &str, hooks: &Option<Vec<Hook>>) -> Result<Vec<Hook>, Error> {
+    for hook in hooks.iter().flatten() {
+        if !hook.path().has_root() {
+            return Err(Error::InvalidArgument(format!(
+                "hooks.{kind}.path is {}: it must be absolute",
+                hook.path().display()
+            )));
+        }
+    }
+    Ok(hooks.clone().unwrap_or_default())
 }
 
 /// A name that is set in the container's own UTS namespace. In the sandbox's it would rename the sandbox, which has its name already.

@@ -21,7 +21,7 @@
 //!   empty.
 //!
 //! Fields of the specification that only the host can carry out are not read by the agent, and are the shim's: `root.path`,
-//! `annotations`, `linux.cgroupsPath`, every kind of hook but `startContainer`, and the paths of namespaces (a network, IPC, UTS, PID or
+//! `annotations`, `linux.cgroupsPath`, every kind of hook but `createContainer` and `startContainer` (whose programs are the container's), and the paths of namespaces (a network, IPC, UTS, PID or
 //! cgroup namespace with a path, or without an entry, is the guest's own). `process.apparmorProfile`, `process.selinuxLabel`, `linux.mountLabel` and
 //! whatever else the agent does not do it refuses: the shim removes what the host can answer for. Sources of bind mounts are paths
 //! of the guest.

@@ -31,7 +31,7 @@ use crate::oci::Namespaces;
 use crate::oci::mount::Mount;
 use crate::oci::program::Program;
 use crate::oci::root::Root;
-use crate::sys::{self, MountAttributes};
+use crate::sys;
 use channel::Child;
 
 /// A container, in the terms in which it is built.
@@ -57,8 +57,11 @@ pub struct Container {
     pub masked: Vec<String>,
     pub read_only_paths: Vec<String>,
     pub personality: Option<u32>,
+    /// Run when the container is made, before its root becomes read-only.
+    pub create_hooks: Vec<Hook>,
+    /// Run when it is started.
     pub start_hooks: Vec<Hook>,
-    /// What hooks are told of the container, but for the process's number.
+    /// What hooks are told of the container, but for its status and the process's number.
     pub state: serde_json::Value,
 }
 
@@ -178,12 +181,14 @@ fn build(
         fs::create_dir_all(&program.directory)
             .context(|| format!("making the directory {}", program.directory.display()))?;
     }
+    hooks::run(
+        "createContainer",
+        &container.create_hooks,
+        &container.state,
+        "creating",
+    )?;
     if container.read_only {
-        let read_only = MountAttributes {
-            set: libc::MOUNT_ATTR_RDONLY,
-            clear: 0,
-        };
-        sys::mount_setattr(root.as_fd(), read_only, false)
+        sys::mount_setattr(root.as_fd(), mounts::READ_ONLY, false)
             .context(|| "making the root read-only".into())?;
     }
     if let Some(propagation) = container.propagation {

@@ -4,15 +4,16 @@
 //! no path of a container, whatever symbolic links it has, can lead out of it.
 
 use std::fs;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::CWD;
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags, fsconfig_create, fsmount, fsopen,
-    mount, mount_change, open_tree,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, OpenTreeFlags, fsconfig_create, fsmount,
+    fsopen, mount, mount_change, open_tree,
 };
 
 use super::root::{attach, clone_tree};
@@ -66,10 +67,21 @@ impl Prepared<'_> {
                 if matches!(kind.as_str(), "proc" | "sysfs") {
                     require_plain_directory(destination)?;
                 }
+                // A tmpfs has the mode of the directory that it covers, if it is given none.
+                let covered = match kind.as_str() {
+                    "tmpfs" => fs::metadata(destination).ok(),
+                    _ => None,
+                };
+                let mode = covered.map(|found| format!("mode={:o}", found.mode() & 0o7777));
                 make_target(destination, true).context(what)?;
                 let kept = options.copy_up.then(|| clone_tree(destination));
                 let kept = kept.transpose().context(what)?;
-                new(kind, source, self.mount)?;
+                // It cannot be filled once it is read-only.
+                let late = match kept {
+                    Some(_) => options.flags & MountFlags::RDONLY,
+                    None => MountFlags::empty(),
+                };
+                new(kind, source, self.mount, mode, late)?;
                 if let Some(kept) = kept {
                     super::copy::contents(&kept, destination).context(|| {
                         format!(
@@ -78,18 +90,19 @@ impl Prepared<'_> {
                         )
                     })?;
                 }
+                if !late.is_empty() {
+                    set_attributes(destination, READ_ONLY, false).context(what)?;
+                }
             }
             (Kind::Cgroup, None) => {
                 make_target(destination, true).context(what)?;
-                new("cgroup2", "cgroup", self.mount)?;
+                new("cgroup2", "cgroup", self.mount, None, MountFlags::empty())?;
             }
             // prepare() opened it.
             (Kind::Bind { .. }, None) => {}
         }
         if options.recursive != MountAttributes::default() {
-            let mounted =
-                open_tree(CWD, destination, OpenTreeFlags::OPEN_TREE_CLOEXEC).context(what)?;
-            mount_setattr(mounted.as_fd(), options.recursive, true).context(what)?;
+            set_attributes(destination, options.recursive, true).context(what)?;
         }
         for &propagation in &options.propagation {
             mount_change(destination, propagation).context(what)?;
@@ -98,17 +111,32 @@ impl Prepared<'_> {
     }
 }
 
-fn new(kind: &str, source: &str, entry: &Mount) -> Result<(), Error> {
+/// What makes a mount read-only.
+pub const READ_ONLY: MountAttributes = MountAttributes {
+    set: libc::MOUNT_ATTR_RDONLY,
+    clear: 0,
+};
+
+/// Changes the attributes of what is mounted at a path.
+fn set_attributes(path: &Path, attributes: MountAttributes, recursive: bool) -> io::Result<()> {
+    let mounted = open_tree(CWD, path, OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
+    mount_setattr(mounted.as_fd(), attributes, recursive)
+}
+
+/// Mounts a file system, with an option before those of the entry, and without the flags `late`.
+fn new(
+    kind: &str,
+    source: &str,
+    entry: &Mount,
+    first: Option<String>,
+    late: MountFlags,
+) -> Result<(), Error> {
     let what = || format!("mounting {kind} on {}", entry.destination.display());
-    let data = std::ffi::CString::new(entry.options.data.join(",")).context(what)?;
-    mount(
-        source,
-        &entry.destination,
-        kind,
-        entry.options.flags,
-        data.as_c_str(),
-    )
-    .context(what)
+    let options = first.iter().chain(&entry.options.data);
+    let options: Vec<&str> = options.map(String::as_str).collect();
+    let data = std::ffi::CString::new(options.join(",")).context(what)?;
+    let flags = entry.options.flags & !late;
+    mount(source, &entry.destination, kind, flags, data.as_c_str()).context(what)
 }
 
 /// A link at `/proc` or `/sys` would let an image choose where the kernel's files appear, and where not.
@@ -124,7 +152,7 @@ fn require_plain_directory(path: &Path) -> Result<(), Error> {
 }
 
 /// Makes the directory or file that is mounted on, unless it is there.
-fn make_target(path: &Path, directory: bool) -> std::io::Result<()> {
+fn make_target(path: &Path, directory: bool) -> io::Result<()> {
     if path.exists() {
         return Ok(());
     }
@@ -204,11 +232,7 @@ pub fn make_read_only(paths: &[String]) -> Result<(), Error> {
             continue;
         }
         let tree = clone_tree(path).context(what)?;
-        let read_only = MountAttributes {
-            set: libc::MOUNT_ATTR_RDONLY,
-            clear: 0,
-        };
-        mount_setattr(tree.as_fd(), read_only, true).context(what)?;
+        mount_setattr(tree.as_fd(), READ_ONLY, true).context(what)?;
         attach(&tree, path).context(what)?;
     }
     Ok(())

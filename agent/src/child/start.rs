@@ -54,7 +54,7 @@ pub fn start(
     if let Some(channel) = channel {
         channel.ready()?;
     }
-    hooks::run("startContainer", hooks, state)?;
+    hooks::run("startContainer", hooks, state, "created")?;
     if let Some(filter) = &program.seccomp {
         if needs_admin {
             raise(CapabilitySet::SYS_ADMIN)?;

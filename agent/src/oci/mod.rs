@@ -64,7 +64,7 @@ fn refuse(field: &str, present: bool) -> Result<(), Error> {
 /// Refuses what cannot be carried out.
 ///
 /// These fields belong to the host and pass unread: `ociVersion`, `root.path`, `annotations`, `linux.cgroupsPath`, and of `hooks`
-/// all whose program is a file of the host, which is every kind but `startContainer`.
+/// those that run in the host's namespaces, which is every kind but `createContainer` and `startContainer`.
 fn check_spec(spec: &Spec) -> Result<(), Error> {
     refuse("solaris", spec.solaris().is_some())?;
     refuse("windows", spec.windows().is_some())?;

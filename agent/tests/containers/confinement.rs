@@ -313,43 +313,81 @@ pub async fn what_is_not_supported_is_refused_by_name(guest: &Guest) {
     }
 }
 
-pub async fn a_start_hook_runs_in_the_container_with_its_state(guest: &Guest) {
-    let outcome = with(guest, "cat /tmp/state", |spec| {
-        spec["annotations"] = json!({"a": "b"});
-        spec["hooks"] = json!({
-            "createRuntime": [{"path": "/a/program/of/the/host"}],
-            "startContainer": [{"path": "/bin/sh", "args": ["sh", "-c", "cat >/tmp/state; echo $X >>/tmp/state"], "env": ["X=y"], "timeout": 60}],
-        });
-    })
+pub async fn hooks_run_in_the_container_with_its_state(guest: &Guest) {
+    let outcome = with(
+        guest,
+        "cat /tmp/creating /tmp/created; hostname; cat /etc/made; echo >/x || echo no",
+        |spec| {
+            let hook = |file: &str, more: &str| {
+                json!([{
+                    "path": "/bin/sh", "args": ["sh", "-c", format!("cat >/tmp/{file}; echo $X >>/tmp/{file}; pwd; {more}")],
+                    "env": ["X=y"], "timeout": 60,
+                }])
+            };
+            spec["annotations"] = json!({"a": "b"});
+            spec["root"]["readonly"] = json!(true);
+            let mounts = spec["mounts"].as_array_mut().unwrap();
+            mounts.push(json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"}));
+            spec["hooks"] = json!({
+                "createRuntime": [{"path": "/a/program/of/the/host"}],
+                "createContainer": hook("creating", "hostname hooked; pwd >/etc/made"),
+                "startContainer": hook("created", "true"),
+            });
+        },
+    )
     .await;
-    let (state, rest) = outcome
-        .output
-        .split_once('\n')
-        .unwrap_or((&outcome.output, ""));
-    let state = state.trim_end_matches('y');
-    let state: serde_json::Value = serde_json::from_str(state).unwrap();
-    assert_eq!(
-        (&state["pid"], &state["annotations"]["a"]),
-        (&json!(1), &json!("b")),
-        "{rest}"
-    );
+    let mut lines = outcome.output.lines();
+    for status in ["creating", "created"] {
+        let state = lines.next().unwrap_or_default().trim_end_matches('y');
+        let state: serde_json::Value = serde_json::from_str(state).unwrap();
+        assert_eq!(
+            (
+                &state["status"],
+                &state["pid"],
+                &state["annotations"]["a"],
+                &state["ociVersion"]
+            ),
+            (&json!(status), &json!(1), &json!("b"), &json!("1.1.0"))
+        );
+    }
+    // What hooks print is not the container's output.
+    let rest: Vec<_> = lines.collect();
+    assert_eq!(rest, ["hooked", "/", "no"], "{}", outcome.error);
+}
 
-    for (hook, words) in [
-        (json!({"path": "/bin/false"}), "failed: exit status: 1"),
-        (
-            json!({"path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1}),
-            "its timeout of 1 s",
-        ),
-    ] {
-        let mut spec = spec(&["true"]);
-        spec["hooks"] = json!({"startContainer": [hook]});
-        let streams = guest.streams(false);
-        guest
-            .create("hooked", &spec, &[bind(&guest.root())], &streams, false)
-            .await
-            .unwrap();
-        let (_, message) = status(guest.start("hooked", "").await);
-        assert!(message.contains(words), "{message}");
-        guest.delete("hooked", "").await.unwrap();
+pub async fn a_failed_hook_fails_the_request(guest: &Guest) {
+    for kind in ["createContainer", "startContainer"] {
+        for (hook, words) in [
+            (
+                json!({"path": "/bin/sh", "args": ["sh", "-c", "echo not today >&2; exit 3"]}),
+                "failed: exit status: 3: not today",
+            ),
+            (
+                json!({"path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1}),
+                "ran longer than its timeout of 1 s",
+            ),
+            (json!({"path": "/bin/none"}), "does not start: No such file"),
+        ] {
+            let mut spec = spec(&["true"]);
+            spec["hooks"] = json!({kind: [hook]});
+            let streams = guest.streams(false);
+            let created = guest
+                .create("hooked", &spec, &[bind(&guest.root())], &streams, false)
+                .await;
+            let (_, message) = match created {
+                Ok(_) => {
+                    assert_eq!(kind, "startContainer");
+                    let failed = status(guest.start("hooked", "").await);
+                    guest.delete("hooked", "").await.unwrap();
+                    failed
+                }
+                Err(error) => status::<()>(Err(error)),
+            };
+            assert!(message.contains(words), "{message}");
+            assert!(
+                message.contains(&format!("hooks.{kind}: /bin/")),
+                "{message}"
+            );
+        }
     }
 }

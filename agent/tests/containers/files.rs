@@ -90,6 +90,24 @@ pub async fn mounts_have_their_options(guest: &Guest) {
     );
 }
 
+pub async fn a_tmpfs_has_the_mode_of_what_it_covers(guest: &Guest) {
+    let root = guest.root();
+    std::fs::set_permissions(root.join("etc"), PermissionsExt::from_mode(0o710)).unwrap();
+    let mut spec = spec(&["stat", "-c", "%a", "/etc", "/tmp", "/new"]);
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    for (place, options) in [
+        ("/etc", json!([])),
+        ("/tmp", json!(["mode=700"])),
+        ("/new", json!([])),
+    ] {
+        mounts.push(
+            json!({"destination": place, "type": "tmpfs", "source": "tmpfs", "options": options}),
+        );
+    }
+    let outcome = guest.run_in(&spec, &[bind(&root)]).await.unwrap();
+    assert_eq!(outcome.output, "710\n700\n1777\n", "{}", outcome.error);
+}
+
 pub async fn a_tmpfs_may_begin_with_a_copy(guest: &Guest) {
     let root = guest.root();
     std::fs::write(root.join("etc/kept"), "kept\n").unwrap();
@@ -103,6 +121,15 @@ pub async fn a_tmpfs_may_begin_with_a_copy(guest: &Guest) {
     let outcome = guest.run_in(&spec, &[bind(&root)]).await.unwrap();
     assert_eq!(outcome.output, "kept\nchanged\n", "{}", outcome.error);
     assert_eq!(std::fs::read(root.join("etc/kept")).unwrap(), b"kept\n");
+
+    let mut read_only = spec;
+    read_only["mounts"]
+        .as_array_mut()
+        .unwrap()
+        .last_mut()
+        .unwrap()["options"] = json!(["tmpcopyup", "ro"]);
+    let outcome = guest.run_in(&read_only, &[bind(&root)]).await.unwrap();
+    assert_eq!(outcome.output, "kept\nkept\n");
 }
 
 pub async fn recursive_read_only_covers_what_is_below(guest: &Guest) {

@@ -58,10 +58,12 @@ tests! {
         a_foreign_program_and_a_missing_interpreter_say_what_they_are
         a_link_in_place_of_proc_is_refused
         what_is_not_supported_is_refused_by_name
-        a_start_hook_runs_in_the_container_with_its_state;
+        hooks_run_in_the_container_with_its_state
+        a_failed_hook_fails_the_request;
     files:
         layers_are_joined_and_written_above
         mounts_have_their_options
+        a_tmpfs_has_the_mode_of_what_it_covers
         a_tmpfs_may_begin_with_a_copy
         recursive_read_only_covers_what_is_below
         links_of_an_image_do_not_lead_out;
