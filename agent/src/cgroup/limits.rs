@@ -49,7 +49,7 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Error> {
     }
     for limit in resources.hugepage_limits().iter().flatten() {
         let size = limit.page_size();
-        if size.is_empty() || !size.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
+        if !is_page_size(size) {
             return Err(Error::InvalidArgument(format!(
                 "linux.resources.hugepageLimits: the page size {size:?} is not one like 2MB"
             )));
@@ -84,6 +84,16 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Error> {
         settings.extend(value.lines().map(|line| setting(file, line)));
     }
     Ok(settings)
+}
+
+/// Whether a text is a size as the kernel's files are named after: 64KB, 2MB, 1GB.
+fn is_page_size(text: &str) -> bool {
+    let digits = ["KB", "MB", "GB"].iter();
+    let mut digits = digits.filter_map(|unit| text.strip_suffix(unit));
+    digits
+        .next()
+        .and_then(|digits| digits.parse().ok())
+        .is_some_and(u32::is_power_of_two)
 }
 
 /// With `memory.checkBeforeUpdate`, refuses a limit below what is in use.
@@ -137,7 +147,9 @@ fn memory(memory: &LinuxMemory, settings: &mut Vec<Setting>) -> Result<(), Error
     if let Some(limit) = limit {
         settings.push(setting("memory.max", or_max(limit)));
     }
-    if let Some(swap) = memory.swap().filter(|&swap| swap != 0) {
+    // Memory without a limit has swap without one, if nothing is said of it.
+    let swap = memory.swap().filter(|&swap| swap != 0);
+    if let Some(swap) = swap.or(limit.filter(|&limit| limit < 0)) {
         // The specification's limit is for memory and swap together.
         let value = match limit {
             _ if swap < 0 => "max".to_owned(),
@@ -175,6 +187,10 @@ fn cpu(cpu: &LinuxCpu, settings: &mut Vec<Setting>) -> Result<(), Error> {
     }
     let quota = cpu.quota().filter(|&quota| quota != 0);
     let period = cpu.period().filter(|&period| period != 0);
+    // A burst may not exceed the quota: it must not stand in the way of a smaller one.
+    if cpu.burst().is_some() && (quota, period) != (None, None) {
+        settings.push(setting("cpu.max.burst", 0));
+    }
     match (quota, period) {
         (None, None) => {}
         (quota, None) => settings.push(setting("cpu.max", or_max(quota.unwrap_or(-1)))),
@@ -286,11 +302,17 @@ mod tests {
             &[
                 ("cpu.idle", "0"),
                 ("cpu.weight", "39"),
+                ("cpu.max.burst", "0"),
                 ("cpu.max", "50000 100000"),
                 ("cpu.max.burst", "10"),
                 ("cpuset.cpus", "0-1"),
             ],
         );
+        is(
+            r#"{"memory":{"limit":-1}}"#,
+            &[("memory.max", "max"), ("memory.swap.max", "max")],
+        );
+        is(r#"{"cpu":{"burst":7}}"#, &[("cpu.max.burst", "7")]);
         is(r#"{"cpu":{"quota":-1}}"#, &[("cpu.max", "max")]);
         is(r#"{"cpu":{"shares":2}}"#, &[("cpu.weight", "1")]);
         is(r#"{"cpu":{"shares":262144}}"#, &[("cpu.weight", "10000")]);
@@ -332,6 +354,10 @@ mod tests {
             (r#"{"unified":{"../x.y":"1"}}"#, "unified"),
             (
                 r#"{"hugepageLimits":[{"pageSize":"2/MB","limit":1}]}"#,
+                "hugepageLimits",
+            ),
+            (
+                r#"{"hugepageLimits":[{"pageSize":"2M","limit":1}]}"#,
                 "hugepageLimits",
             ),
         ] {

@@ -75,8 +75,14 @@ impl Cgroup {
     pub fn limit(&self, resources: &LinuxResources) -> Result<(), Error> {
         limits::check_usage(resources, || self.read_number("memory.current"))?;
         for limits::Setting { file, value } in limits::settings(resources)? {
-            fs::write(self.path.join(&file), &value)
-                .context(|| format!("setting the limit {file} to {value:?}"))?;
+            match fs::write(self.path.join(&file), &value) {
+                // Pages of a size that the machine does not have cannot exceed a limit.
+                Err(error)
+                    if error.kind() == io::ErrorKind::NotFound && file.starts_with("hugetlb.") => {}
+                written => {
+                    written.context(|| format!("setting the limit {file} to {value:?}"))?;
+                }
+            }
         }
         Ok(())
     }
