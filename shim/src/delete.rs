@@ -22,8 +22,11 @@ use crate::cgroup;
 use crate::process::{Exit, KILLED};
 use crate::state::State;
 
+/// How long a shim that ends of itself may take. containerd calls `delete` as soon as it has the answer to Shutdown.
+const END_PATIENCE: Duration = Duration::from_millis(1500);
+
 /// How long a killed shim may take to be gone.
-const KILL_PATIENCE: Duration = Duration::from_millis(1500);
+const KILL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long a shim that lives may take to end and delete one of its containers.
 const ASK_PATIENCE: Duration = Duration::from_secs(3);
@@ -84,6 +87,10 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, Error> {
 
 /// Ends a shim, and with it the machine, and removes what they leave.
 fn end_shim(state: &State) -> Result<(), Error> {
+    // It takes its socket away first: then it needs no help.
+    if !state.socket.exists() {
+        state.shim.wait(END_PATIENCE);
+    }
     let killed = state.shim.kill(KILL_PATIENCE).map_err(Error::Kill);
     let removed = match &state.cgroup {
         Some(directory) => cgroup::remove(directory).map_err(Error::Cgroup),
@@ -210,6 +217,25 @@ mod tests {
         assert!(!waiting.join().unwrap().success());
         assert!(!socket.exists());
         call(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_shim_that_is_ending_is_left_in_peace() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut ending = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let state = State {
+            shim: ProcessId::of(ending.id() as i32).unwrap(),
+            socket: dir.path().join("socket"),
+            cgroup: None,
+        };
+        state.write(dir.path()).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| call(dir.path()).unwrap());
+            assert!(ending.wait().unwrap().success());
+        });
     }
 
     #[test]

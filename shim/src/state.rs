@@ -80,17 +80,18 @@ impl ProcessId {
             Ok(()) | Err(Errno::SRCH) => {}
             Err(errno) => return Err(errno.into()),
         }
-        let timeout = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
-        let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut fds, timeout)? {
-            0 => Err(io::Error::new(
-                io::ErrorKind::TimedOut,
-                format!(
-                    "process {} is still there {patience:?} after SIGKILL",
-                    self.pid
-                ),
-            )),
-            _ => Ok(()),
+        if has_ended(&pidfd, patience)? {
+            return Ok(());
+        }
+        let process = self.pid;
+        let text = format!("process {process} is still there {patience:?} after SIGKILL");
+        Err(io::Error::new(io::ErrorKind::TimedOut, text))
+    }
+
+    /// Waits until the process is gone, at most for `patience`. Whether it is, [`kill`](Self::kill) tells.
+    pub fn wait(&self, patience: Duration) {
+        if let Ok(Some(pidfd)) = self.open() {
+            let _ = has_ended(&pidfd, patience);
         }
     }
 
@@ -111,6 +112,13 @@ impl ProcessId {
             Err(error) => Err(error),
         }
     }
+}
+
+/// Whether a process is gone before `patience` is over.
+fn has_ended(pidfd: &OwnedFd, patience: Duration) -> io::Result<bool> {
+    let timeout = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
+    let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
+    Ok(poll(&mut fds, timeout)? > 0)
 }
 
 #[cfg(test)]
