@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bulkhead_agent::protocol::AGENT_PORT;
-use bulkhead_vmm::control::{self, Boot, Disk, Extent, Request, StopReason};
+use bulkhead_vmm::control::{self, Boot, Disk, Dropped, Extent, Nic, Request, Sources, StopReason};
 use bulkhead_vmm::launch::{self, Exit};
 use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
@@ -269,6 +269,7 @@ impl Machine {
                 .iter()
                 .map(|disk| describe(disk, spec.vcpus))
                 .collect(),
+            nics: Vec::new(),
         });
         let mut descriptors = vec![kvm.as_fd(), kernel.as_fd(), console_writer.as_fd()];
         descriptors.extend(disks.iter().flat_map(|disk| extents(disk)));
@@ -330,7 +331,30 @@ impl Machine {
         self.ask(|reply| Command::Attach { disk, reply }).await
     }
 
-    /// Takes a disk away that the guest has let go.
+    /// Attaches a network interface to its tap's queues, and returns its PCI device number. The agent must rescan the bus. If
+    /// the future is dropped, the interface is taken away again.
+    pub async fn attach_nic(&self, nic: Nic, taps: Vec<OwnedFd>) -> Result<u8, Error> {
+        self.ask(|reply| Command::AttachNic { nic, taps, reply })
+            .await
+    }
+
+    /// Plugs a network interface's cable in or out, and sets what the guest may send. Returns what it has dropped until now.
+    pub async fn update_nic(
+        &self,
+        slot: u8,
+        link: bool,
+        sources: Sources,
+    ) -> Result<Dropped, Error> {
+        self.ask(|reply| Command::UpdateNic {
+            slot,
+            link,
+            sources,
+            reply,
+        })
+        .await
+    }
+
+    /// Takes a disk or network interface away that the guest has let go.
     pub async fn detach(&self, slot: u8) -> Result<(), Error> {
         self.ask(|reply| Command::Detach { slot, reply }).await
     }

@@ -23,7 +23,8 @@ use bulkhead_agent::protocol::sandbox_ttrpc::{Sandbox, SandboxClient, create_san
 use bulkhead_shim::disk::DiskFiles;
 use bulkhead_shim::machine::{Error, Machine, MachineSpec, Reason, Stopped};
 use bulkhead_vmm::control::{
-    Channel, Error as ControlError, Event, Extent, MAX_MESSAGE, Request, StopReason,
+    Channel, Dropped, Error as ControlError, Event, Extent, MAX_MESSAGE, Nic, Request, Sources,
+    StopReason,
 };
 use bulkhead_vmm::launch::{DEFAULT_UID_BASE, Exit, unique_uid};
 use nix::sys::signal::Signal;
@@ -166,13 +167,24 @@ mod vmm {
                         tag,
                         error: "no \x07slot".into(),
                     },
-                    Request::AttachDisk { tag, .. } => {
+                    Request::AttachDisk { tag, .. } | Request::AttachNic { tag, .. } => {
                         next += 1;
                         Event::Attached {
                             tag,
                             slot: next - 1,
                         }
                     }
+                    Request::UpdateNic { tag, slot: 99, .. } => Event::Refused {
+                        tag,
+                        error: "slot 99".into(),
+                    },
+                    Request::UpdateNic { tag, .. } => Event::NicUpdated {
+                        tag,
+                        dropped: Dropped {
+                            spoofed: 7,
+                            ..Dropped::default()
+                        },
+                    },
                     Request::Detach { tag, .. } => Event::Detached { tag },
                     Request::Connect { port } => {
                         let mut stream = UnixStream::from(descriptors.remove(0));
@@ -312,7 +324,26 @@ async fn a_machine_is_used_and_stopped() {
     let refused = machine.attach(disk("refuse")).await.unwrap_err();
     assert_eq!(
         refused.to_string(),
-        "the VMM refused to attach a disk: no \u{fffd}slot"
+        "the VMM refused to attach a device: no \u{fffd}slot"
+    );
+
+    let nic = Nic {
+        name: "eth0".into(),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1500,
+        pairs: 1,
+        sources: Sources::Mac,
+    };
+    assert_eq!(machine.attach_nic(nic, vec![]).await.unwrap(), 18);
+    let dropped = machine.update_nic(18, false, Sources::Any).await.unwrap();
+    assert_eq!(dropped.spoofed, 7);
+    let refused = machine
+        .update_nic(99, true, Sources::Any)
+        .await
+        .unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "the VMM refused to change a network interface: slot 99"
     );
 
     let mut stream = machine.connect(7).await.unwrap();
@@ -423,7 +454,7 @@ async fn a_vmm_that_breaks_the_protocol_is_killed() {
         ("two descriptors", "came with 2 descriptors instead of 1"),
         ("no stream", "the agent's stream"),
         ("other port", "may not use port 22"),
-        ("unasked", "tag 0 is of no disk to attach"),
+        ("unasked", "tag 0 is of no device to attach"),
     ] {
         let stopped = failed(cmdline).await;
         assert_eq!(stopped.exit, Exit::Signal(Signal::SIGKILL), "{cmdline}");

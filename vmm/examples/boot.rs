@@ -56,6 +56,7 @@ fn parse() -> Result<Arguments, Error> {
         cmdline: "console=ttyS0 reboot=k panic=-1".into(),
         ports: Vec::new(),
         disks: Vec::new(),
+        nics: Vec::new(),
     };
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {

@@ -10,6 +10,7 @@
 //! descriptors is an error ([`Error`]), and descriptors that were received with it are closed.
 
 use std::io::{self, IoSlice, IoSliceMut};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
@@ -39,12 +40,26 @@ pub enum Request {
     /// [`Event::Stopped`] with the cause.
     ///
     /// Descriptors: `/dev/kvm`, the kernel image (ELF), the console (a pipe or socket for the serial port's output, which
-    /// the VMM writes without blocking), then each disk's extents.
+    /// the VMM writes without blocking), then each disk's extents, then each network interface's tap queues.
     Boot(Boot),
     /// Attaches a disk to the running machine. Answered by [`Event::Attached`] or [`Event::Refused`] with the same tag.
     ///
     /// Descriptors: the disk's extents.
     AttachDisk { tag: u32, disk: Disk },
+    /// Attaches a network interface to the running machine. Answered by [`Event::Attached`] or [`Event::Refused`] with the
+    /// same tag.
+    ///
+    /// Descriptors: the queues of the interface's tap, one for each pair.
+    AttachNic { tag: u32, nic: Nic },
+    /// Changes a network interface while the guest uses it. Answered by [`Event::NicUpdated`] or [`Event::Refused`].
+    UpdateNic {
+        tag: u32,
+        slot: u8,
+        /// Whether its cable is plugged in. While it is not, what comes from either side is dropped.
+        link: bool,
+        /// What the guest may send from now on.
+        sources: Sources,
+    },
     /// Takes a device away that the guest has let go. Answered by [`Event::Detached`] or [`Event::Refused`].
     Detach { tag: u32, slot: u8 },
     /// Opens a vsock stream to a port in the guest. There is no answer: a refused stream is simply closed.
@@ -67,6 +82,8 @@ pub struct Boot {
     pub ports: Vec<u32>,
     /// The disks that are present at boot, on PCI slots that [`Event::Started`] tells.
     pub disks: Vec<Disk>,
+    /// The network interfaces that are present at boot.
+    pub nics: Vec<Nic>,
 }
 
 /// A virtio-block device. Its content is the concatenation of its extents.
@@ -92,15 +109,64 @@ pub struct Extent {
     pub length: u64,
 }
 
+/// A virtio-net device on a tap of the host's.
+///
+/// The tap is made with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and with `IFF_MULTI_QUEUE` for more than one pair. Its
+/// offloads are the device's to set, and so is the length of its header.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Nic {
+    /// What messages call it: the interface's name on the host.
+    pub name: String,
+    /// The guest's hardware address.
+    pub mac: [u8; 6],
+    /// The longest packet, without the Ethernet header, in bytes: at least 68.
+    pub mtu: u16,
+    /// Number of pairs of receive and transmit queues, 1 to the number of processors, at most 8.
+    pub pairs: u16,
+    /// What the guest may send.
+    pub sources: Sources,
+}
+
+/// From which addresses a guest may send. What comes from others is dropped and counted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Sources {
+    /// Any: the administrator wants it so.
+    Any,
+    /// Its own hardware address.
+    Mac,
+    /// Its own hardware address, and IP and ARP from one of these addresses, the link-local address made of the hardware
+    /// address (RFC 4291, appendix A), or the unspecified one, from which a host looks whether an address is free. Nothing
+    /// that is neither IP nor ARP, and no neighbour or router advertisement for another.
+    Addresses(Vec<IpAddr>),
+}
+
+/// How many frames a network interface has dropped since it was attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Dropped {
+    /// From the guest: not from one of its [`Sources`].
+    pub spoofed: u64,
+    /// From the guest: of impossible length, or with a header that no driver may write.
+    pub invalid: u64,
+    /// From the guest: the host's tap did not take it.
+    pub refused: u64,
+    /// To the guest: longer than all of its buffers.
+    pub oversized: u64,
+    /// In either direction while the link was down.
+    pub unlinked: u64,
+}
+
 /// What the VMM tells the shim.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Event {
-    /// The processors run. `slots` are the PCI device numbers (bus 0, function 0) of the disks of [`Boot`], in their order.
+    /// The processors run. `slots` are the PCI device numbers (bus 0, function 0) of the disks of [`Boot`] in their order,
+    /// then of its network interfaces.
     Started { slots: Vec<u8> },
-    /// A disk is on the bus as PCI device `slot` (bus 0, function 0); the guest must rescan the bus.
+    /// A disk or network interface is on the bus as PCI device `slot` (bus 0, function 0); the guest must rescan the bus.
     Attached { tag: u32, slot: u8 },
     /// A device is gone.
     Detached { tag: u32 },
+    /// A network interface is as it was asked to be.
+    NicUpdated { tag: u32, dropped: Dropped },
     /// The request with this tag was refused, and nothing has changed.
     Refused { tag: u32, error: String },
     /// The guest opened a stream to a port that [`Boot::ports`] allows.

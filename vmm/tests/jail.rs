@@ -68,6 +68,7 @@ fn running() -> (Vmm, Channel) {
         cmdline: String::new(),
         ports: vec![1024],
         disks: vec![disk("root", true), disk("scratch", false)],
+        nics: vec![],
     };
     let (kernel, root, scratch) = (kernel(), file(&[0; 4096]), file(&[0; 4096]));
     let descriptors = [

@@ -4,8 +4,9 @@ mod guest;
 
 use std::fs;
 use std::io::Read;
+use std::os::fd::{AsRawFd, OwnedFd};
 
-use bulkhead_vmm::control::{Event, Request, StopReason};
+use bulkhead_vmm::control::{Dropped, Event, Nic, Request, Sources, StopReason};
 use bulkhead_vmm::launch::Exit;
 use guest::{ENTRY, HALT, Machine, NOWHERE, RESET, device, disk, file, kernel, print, small, wait};
 
@@ -283,7 +284,7 @@ fn disks_come_and_go_while_the_machine_runs() {
     machine.request(&attach(3, wide), &[file(&[0; 512])]);
     refusal(&["queues is 2"], 3);
     machine.request(&Request::Detach { tag: 4, slot: 1 }, []);
-    refusal(&["slot 1 holds no disk"], 4);
+    refusal(&["slot 1 holds no disk and no network interface"], 4);
 
     machine.request(&attach(5, disk(512)), &[file(&[0; 512])]);
     let Event::Attached { tag: 5, slot } = machine.event() else {
@@ -293,6 +294,72 @@ fn disks_come_and_go_while_the_machine_runs() {
     assert_eq!(machine.event(), Event::Detached { tag: 6 });
     machine.request(&Request::Detach { tag: 7, slot }, []);
     refusal(&["holds no disk"], 7);
+}
+
+#[test]
+fn network_interfaces_come_and_go_while_the_machine_runs() {
+    let nic = |name: &str| Nic {
+        name: name.into(),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1500,
+        pairs: 1,
+        sources: Sources::Mac,
+    };
+    let mut boot = small();
+    boot.nics = vec![nic("first")];
+    let machine = Machine::boot(boot, file(&kernel(&HALT)), &[tap()]);
+    let Event::Started { slots } = machine.event() else {
+        panic!("not started");
+    };
+    let [first] = slots[..] else {
+        panic!("{slots:?}");
+    };
+    let attach = |tag| Request::AttachNic {
+        tag,
+        nic: nic("second"),
+    };
+    machine.request(&attach(1), [&tap()]);
+    let Event::Attached { tag: 1, slot } = machine.event() else {
+        panic!("not attached");
+    };
+    assert_ne!(slot, first);
+    let update = |tag, slot| Request::UpdateNic {
+        tag,
+        slot,
+        link: false,
+        sources: Sources::Any,
+    };
+    for (tag, slot) in [(2, first), (3, slot)] {
+        machine.request(&update(tag, slot), []);
+        let dropped = Dropped::default();
+        assert_eq!(machine.event(), Event::NicUpdated { tag, dropped });
+        machine.request(&Request::Detach { tag, slot }, []);
+        assert_eq!(machine.event(), Event::Detached { tag });
+    }
+    let refused = |wanted, word: &str| match machine.event() {
+        Event::Refused { tag, error } if tag == wanted => assert!(error.contains(word), "{error}"),
+        event => panic!("{event:?}"),
+    };
+    machine.request(&update(4, slot), []);
+    refused(4, "holds no network interface");
+    machine.request(&attach(5), [&file(b"")]);
+    refused(5, "no tap");
+    machine.request(&attach(6), []);
+    refused(6, "0 descriptors");
+}
+
+/// A tap of the kernel's, which goes away with its descriptor.
+fn tap() -> OwnedFd {
+    let mut options = fs::OpenOptions::new();
+    let file = options.read(true).write(true).open("/dev/net/tun");
+    let file = file.expect("open /dev/net/tun");
+    // SAFETY: an all-zero request is a valid one.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
+    // SAFETY: the request takes this argument.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    assert_eq!(result, 0);
+    file.into()
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bulkhead_agent::protocol::AGENT_PORT;
-use bulkhead_vmm::control::{self, Channel, Event, Request, StopReason};
+use bulkhead_vmm::control::{self, Channel, Dropped, Event, Nic, Request, Sources, StopReason};
 use bulkhead_vmm::launch::{Exit, Vmm};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tokio::io::unix::AsyncFd;
@@ -35,6 +35,17 @@ pub(super) enum Command {
     Attach {
         disk: DiskFiles,
         reply: Reply<u8>,
+    },
+    AttachNic {
+        nic: Nic,
+        taps: Vec<OwnedFd>,
+        reply: Reply<u8>,
+    },
+    UpdateNic {
+        slot: u8,
+        link: bool,
+        sources: Sources,
+        reply: Reply<Dropped>,
     },
     Detach {
         slot: u8,
@@ -71,8 +82,21 @@ impl State {
 /// A request that the VMM has not answered.
 enum Pending {
     Attach(Reply<u8>),
-    /// `None`: the worker asked, because nobody waits for the disk any more.
+    UpdateNic(Reply<Dropped>),
+    /// `None`: the worker asked, because nobody waits for the device any more.
     Detach(u8, Option<Reply<()>>),
+}
+
+impl Pending {
+    /// Tells whoever asked that it has failed.
+    fn fail(self, error: impl FnOnce(&'static str) -> Error) {
+        match self {
+            Self::Attach(reply) => drop(reply.send(Err(error("attach a device")))),
+            Self::UpdateNic(reply) => drop(reply.send(Err(error("change a network interface")))),
+            Self::Detach(_, Some(reply)) => drop(reply.send(Err(error("detach a device")))),
+            Self::Detach(_, None) => {}
+        }
+    }
 }
 
 /// A datagram to send.
@@ -225,6 +249,25 @@ impl Worker {
                 let disk = description;
                 self.queue(Request::AttachDisk { tag, disk }, descriptors, None);
             }
+            Command::AttachNic { nic, taps, reply } => {
+                let tag = self.pend(Pending::Attach(reply));
+                self.queue(Request::AttachNic { tag, nic }, taps, None);
+            }
+            Command::UpdateNic {
+                slot,
+                link,
+                sources,
+                reply,
+            } => {
+                let tag = self.pend(Pending::UpdateNic(reply));
+                let request = Request::UpdateNic {
+                    tag,
+                    slot,
+                    link,
+                    sources,
+                };
+                self.queue(request, Vec::new(), None);
+            }
             Command::Detach { slot, reply } => self.detach(slot, Some(reply)),
             Command::Connect {
                 port,
@@ -266,11 +309,16 @@ impl Worker {
         let result = result.map_err(Error::Control);
         match (outgoing.sent, outgoing.request, result) {
             (Some(reply), _, result) => drop(reply.send(result)),
-            (None, Request::AttachDisk { tag, .. } | Request::Detach { tag, .. }, Err(error)) => {
-                match self.pending.remove(&tag) {
-                    Some(Pending::Attach(reply)) => drop(reply.send(Err(error))),
-                    Some(Pending::Detach(_, Some(reply))) => drop(reply.send(Err(error))),
-                    Some(Pending::Detach(_, None)) | None => {}
+            (
+                None,
+                Request::AttachDisk { tag, .. }
+                | Request::AttachNic { tag, .. }
+                | Request::UpdateNic { tag, .. }
+                | Request::Detach { tag, .. },
+                Err(error),
+            ) => {
+                if let Some(pending) = self.pending.remove(&tag) {
+                    pending.fail(|_| error);
                 }
             }
             (None, _, _) => {}
@@ -296,7 +344,7 @@ impl Worker {
                     }
                     Ok(())
                 }
-                _ => violation(format!("tag {tag} is of no disk to attach")),
+                _ => violation(format!("tag {tag} is of no device to attach")),
             },
             Event::Detached { tag } => match self.pending.remove(&tag) {
                 Some(Pending::Detach(slot, reply)) => {
@@ -305,6 +353,14 @@ impl Worker {
                     Ok(())
                 }
                 _ => violation(format!("tag {tag} is of no device to detach")),
+            },
+            Event::NicUpdated { tag, dropped } => match self.pending.remove(&tag) {
+                Some(Pending::UpdateNic(reply)) => {
+                    // Whoever asked may not wait any more.
+                    let _ = reply.send(Ok(dropped));
+                    Ok(())
+                }
+                _ => violation(format!("tag {tag} is of no network interface to change")),
             },
             Event::Refused { tag, error } => self.on_refused(tag, &error),
             Event::StreamOpened { port: AGENT_PORT } => self.on_agent(descriptors),
@@ -328,18 +384,12 @@ impl Worker {
     fn on_refused(&mut self, tag: u32, error: &str) -> Result<(), Reason> {
         let reason = printable(error.as_bytes(), TEXT_LIMIT);
         match self.pending.remove(&tag) {
-            Some(Pending::Attach(reply)) => {
-                let operation = "attach a disk";
-                drop(reply.send(Err(Error::Refused { operation, reason })));
+            Some(pending) => {
+                pending.fail(|operation| Error::Refused { operation, reason });
+                Ok(())
             }
-            Some(Pending::Detach(_, Some(reply))) => {
-                let operation = "detach a disk";
-                drop(reply.send(Err(Error::Refused { operation, reason })));
-            }
-            Some(Pending::Detach(_, None)) => {}
-            None => return violation(format!("it refused tag {tag}, which nobody asked for")),
+            None => violation(format!("it refused tag {tag}, which nobody asked for")),
         }
-        Ok(())
     }
 
     /// The agent dialled, or something else in the guest that wants to be taken for it: while there is an agent, a second

@@ -14,7 +14,7 @@ use bulkhead_agent::protocol::sandbox::{
 };
 use bulkhead_agent::protocol::sandbox_ttrpc::{Sandbox, create_sandbox};
 use bulkhead_agent::protocol::{AGENT_PORT, SPEC_TYPE_URL, STREAM_PORT};
-use bulkhead_vmm::control::{Channel, Event, Request, StopReason};
+use bulkhead_vmm::control::{Channel, Dropped, Event, Request, StopReason};
 use containerd_shim_protos::api::{
     CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty,
     ExecProcessRequest, KillRequest, PauseRequest, PidsRequest, PidsResponse, ProcessInfo,
@@ -72,13 +72,17 @@ fn stop(control: &Channel, reason: StopReason) {
 fn serve_control(control: &Channel, opened: &mpsc::UnboundedSender<StdStream>, mut next: u8) {
     while let Ok((request, descriptors)) = control.receive() {
         let answer = match request {
-            Request::AttachDisk { tag, .. } => {
+            Request::AttachDisk { tag, .. } | Request::AttachNic { tag, .. } => {
                 next += 1;
                 Event::Attached {
                     tag,
                     slot: next - 1,
                 }
             }
+            Request::UpdateNic { tag, .. } => Event::NicUpdated {
+                tag,
+                dropped: Dropped::default(),
+            },
             Request::Detach { tag, .. } => Event::Detached { tag },
             Request::Connect { port } => {
                 assert_eq!(port, STREAM_PORT);

@@ -16,7 +16,7 @@ use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::boot::{kernel, mptable, params, registers};
-use crate::control::{Boot, Disk, GUEST_CID};
+use crate::control::{Boot, Disk, Dropped, GUEST_CID, Nic, Sources};
 use crate::cpuid;
 use crate::irq::Routes;
 use crate::memory::{
@@ -29,10 +29,11 @@ use crate::seccomp::{self, ThreadKind};
 use crate::serial;
 use crate::stop::Stopper;
 use crate::vcpu::{self, Vcpu};
+use crate::virtio::net::Net;
 use crate::virtio::vsock::Vsock;
 use crate::virtio::{self, Transport};
 
-/// Why a machine cannot be built, or a disk not attached.
+/// Why a machine cannot be built, or a device not attached.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(transparent)]
@@ -68,6 +69,8 @@ pub enum Error {
     Bus(#[from] pci::Error),
     #[error(transparent)]
     Disk(#[from] virtio::block::Error),
+    #[error(transparent)]
+    Nic(#[from] virtio::net::Error),
     #[error("cannot make the {device} device: {source}")]
     Device {
         device: &'static str,
@@ -77,8 +80,10 @@ pub enum Error {
     Confinement(#[from] seccomp::Error),
     #[error("cannot start the thread of virtual processor {id}: {source}")]
     Thread { id: u8, source: io::Error },
-    #[error("slot {0} holds no disk")]
-    NoDisk(u8),
+    #[error("slot {0} holds no disk and no network interface")]
+    NotDetachable(u8),
+    #[error("slot {0} holds no network interface")]
+    NoNic(u8),
 }
 
 /// A machine, from the main thread's point of view.
@@ -91,8 +96,9 @@ struct Machine {
     vsock: Vsock,
     stopper: Stopper,
     vcpus: u8,
-    /// The slots that hold disks, which alone can be detached.
+    /// The slots that hold disks, and those that hold network interfaces: these can be detached.
     disks: Vec<u8>,
+    nics: Vec<(u8, Net)>,
 }
 
 impl Machine {
@@ -135,10 +141,14 @@ impl Machine {
             stopper,
             vcpus: boot.vcpus,
             disks: Vec::new(),
+            nics: Vec::new(),
         };
         machine.attach("vsock", machine.vsock.clone())?;
         for (disk, files) in boot.disks.iter().zip(descriptors.disks) {
             machine.attach_disk(disk, files)?;
+        }
+        for (nic, taps) in boot.nics.iter().zip(descriptors.nics) {
+            machine.attach_nic(nic, taps)?;
         }
 
         // 4. Processors.
@@ -170,13 +180,31 @@ impl Machine {
         Ok(slot)
     }
 
-    /// Takes a disk off the bus.
-    fn detach_disk(&mut self, slot: u8) -> Result<(), Error> {
-        let Some(index) = self.disks.iter().position(|disk| *disk == slot) else {
-            return Err(Error::NoDisk(slot));
-        };
+    /// Puts a network interface on the bus and returns its slot.
+    fn attach_nic(&mut self, nic: &Nic, taps: Vec<OwnedFd>) -> Result<u8, Error> {
+        request::check_nic(nic, self.vcpus)?;
+        let net = Net::new(nic, taps)?;
+        let slot = self.attach("net", net.clone())?;
+        self.nics.push((slot, net));
+        Ok(slot)
+    }
+
+    /// Changes a network interface. Returns what it has dropped until now.
+    fn update_nic(&self, slot: u8, link: bool, sources: &Sources) -> Result<Dropped, Error> {
+        let nic = self.nics.iter().find(|(place, _)| *place == slot);
+        let (_, net) = nic.ok_or(Error::NoNic(slot))?;
+        net.update(link, sources);
+        Ok(net.dropped())
+    }
+
+    /// Takes a disk or network interface off the bus.
+    fn detach(&mut self, slot: u8) -> Result<(), Error> {
+        if !self.disks.contains(&slot) && !self.nics.iter().any(|(place, _)| *place == slot) {
+            return Err(Error::NotDetachable(slot));
+        }
         self.bus.detach(slot)?;
-        self.disks.swap_remove(index);
+        self.disks.retain(|place| *place != slot);
+        self.nics.retain(|(place, _)| *place != slot);
         Ok(())
     }
 

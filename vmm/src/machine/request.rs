@@ -7,7 +7,7 @@ use nix::errno::Errno;
 
 use crate::boot::mptable::MAX_PROCESSORS;
 use crate::boot::params;
-use crate::control::{Boot, Disk, Request};
+use crate::control::{Boot, Disk, Nic, Request};
 use crate::memory::MIB;
 
 /// The least memory of a machine, in MiB: one for what the boot needs, one for a kernel.
@@ -32,6 +32,10 @@ pub enum Error {
     Cmdline(#[from] params::Error),
     #[error("disk {id:?}: queues is {queues}: it has 1 to {vcpus}, one for each virtual processor")]
     Queues { id: String, queues: u16, vcpus: u8 },
+    #[error(
+        "network interface {name:?}: pairs is {pairs}: it has 1 to {vcpus}, one for each virtual processor"
+    )]
+    Pairs { name: String, pairs: u16, vcpus: u8 },
     #[error("{found} descriptors came with the request, and it speaks of {wanted}: {of}")]
     Descriptors {
         found: usize,
@@ -48,6 +52,8 @@ pub struct Descriptors {
     pub console: OwnedFd,
     /// The extents of each disk.
     pub disks: Vec<Vec<OwnedFd>>,
+    /// The tap's queues of each network interface.
+    pub nics: Vec<Vec<OwnedFd>>,
 }
 
 /// Checks a request to boot and sorts its descriptors.
@@ -74,13 +80,18 @@ pub fn check(boot: &Boot, descriptors: Vec<OwnedFd>) -> Result<Descriptors, Erro
         check_disk(disk, boot.vcpus)?;
     }
 
+    for nic in &boot.nics {
+        check_nic(nic, boot.vcpus)?;
+    }
+
     let extents: usize = boot.disks.iter().map(|disk| disk.extents.len()).sum();
+    let taps: usize = boot.nics.iter().map(|nic| usize::from(nic.pairs)).sum();
     let count = Error::Descriptors {
         found: descriptors.len(),
-        wanted: 3 + extents,
-        of: "/dev/kvm, the kernel, the console, and each disk's extents",
+        wanted: 3 + extents + taps,
+        of: "/dev/kvm, the kernel, the console, each disk's extents, and each network interface's pairs",
     };
-    if descriptors.len() != 3 + extents {
+    if descriptors.len() != 3 + extents + taps {
         return Err(count);
     }
     let mut descriptors = VecDeque::from(descriptors);
@@ -96,11 +107,17 @@ pub fn check(boot: &Boot, descriptors: Vec<OwnedFd>) -> Result<Descriptors, Erro
         .iter()
         .map(|disk| descriptors.drain(..disk.extents.len()).collect())
         .collect();
+    let nics = boot
+        .nics
+        .iter()
+        .map(|nic| descriptors.drain(..usize::from(nic.pairs)).collect())
+        .collect();
     Ok(Descriptors {
         kvm,
         kernel,
         console,
         disks,
+        nics,
     })
 }
 
@@ -120,6 +137,22 @@ pub fn check_disk(disk: &Disk, vcpus: u8) -> Result<(), Error> {
     Ok(())
 }
 
+/// Checks what a network interface must fit the machine in; the rest is checked by its device.
+///
+/// # Errors
+///
+/// It has no pair of queues, or more pairs than there are processors.
+pub fn check_nic(nic: &Nic, vcpus: u8) -> Result<(), Error> {
+    if !(1..=u16::from(vcpus)).contains(&nic.pairs) {
+        return Err(Error::Pairs {
+            name: nic.name.clone(),
+            pairs: nic.pairs,
+            vcpus,
+        });
+    }
+    Ok(())
+}
+
 /// The host's memory in MiB, without swap.
 fn host_memory_mib() -> Result<u64, Errno> {
     let info = nix::sys::sysinfo::sysinfo()?;
@@ -129,7 +162,7 @@ fn host_memory_mib() -> Result<u64, Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::Extent;
+    use crate::control::{Extent, Sources};
 
     fn disk(extents: usize) -> Disk {
         Disk {
@@ -153,6 +186,7 @@ mod tests {
             cmdline: "quiet".into(),
             ports: vec![],
             disks,
+            nics: vec![],
         }
     }
 
@@ -166,20 +200,32 @@ mod tests {
         check(&boot, descriptors(3)).unwrap_err().to_string()
     }
 
+    fn nic(pairs: u16) -> Nic {
+        Nic {
+            name: "eth0".into(),
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+            pairs,
+            sources: Sources::Mac,
+        }
+    }
+
     #[test]
-    fn descriptors_go_to_the_disks_in_order() {
+    fn descriptors_go_to_disks_and_interfaces_in_order() {
         use std::os::fd::AsRawFd;
-        let descriptors = descriptors(6);
+        let descriptors = descriptors(9);
         let numbers: Vec<_> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
-        let sorted = check(&boot(vec![disk(2), disk(1)]), descriptors).unwrap();
+        let mut boot = boot(vec![disk(2), disk(1)]);
+        boot.nics = vec![nic(1), nic(2)];
+        let sorted = check(&boot, descriptors).unwrap();
         assert_eq!(sorted.kvm.as_raw_fd(), numbers[0]);
         assert_eq!(sorted.console.as_raw_fd(), numbers[2]);
-        let disks: Vec<Vec<_>> = sorted
-            .disks
-            .iter()
-            .map(|extents| extents.iter().map(AsRawFd::as_raw_fd).collect())
+        let groups = sorted.disks.iter().chain(&sorted.nics);
+        let groups: Vec<Vec<_>> = groups
+            .map(|group| group.iter().map(AsRawFd::as_raw_fd).collect())
             .collect();
-        assert_eq!(disks, [&numbers[3..5], &numbers[5..]]);
+        let expected = [3..5, 5..6, 6..7, 7..9].map(|range| &numbers[range]);
+        assert_eq!(groups, expected);
     }
 
     #[test]
@@ -206,6 +252,11 @@ mod tests {
         let text = refusal(|boot| boot.disks = vec![too_many]);
         assert!(
             text.contains(r#"disk "root": queues is 3: it has 1 to 2"#),
+            "{text}"
+        );
+        let text = refusal(|boot| boot.nics = vec![nic(3)]);
+        assert!(
+            text.contains(r#"interface "eth0": pairs is 3: it has 1 to 2"#),
             "{text}"
         );
         let text = refusal(|boot| boot.disks = vec![disk(2)]);

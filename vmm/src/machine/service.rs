@@ -67,7 +67,8 @@ fn boot(control: &Arc<Channel>) -> Result<&'static mut Machine, End> {
     let stopper = Stopper::new().map_err(Error::Stopper)?;
     report_panics(control.clone(), stopper.clone());
     let (machine, vcpus, platform) = Machine::build(&boot, descriptors, stopper)?;
-    let slots = machine.disks.clone();
+    let nics = machine.nics.iter().map(|(slot, _)| *slot);
+    let slots = machine.disks.iter().copied().chain(nics).collect();
     let machine = Box::leak(Box::new(machine));
     machine.start(vcpus, &platform)?;
     Filter::compile(ThreadKind::Main)
@@ -156,7 +157,20 @@ impl Machine {
                 Ok(slot) => Event::Attached { tag, slot },
                 Err(error) => refused(tag, &error),
             },
-            Request::Detach { tag, slot } => match self.detach_disk(slot) {
+            Request::AttachNic { tag, nic } => match self.attach_nic(&nic, descriptors) {
+                Ok(slot) => Event::Attached { tag, slot },
+                Err(error) => refused(tag, &error),
+            },
+            Request::UpdateNic {
+                tag,
+                slot,
+                link,
+                sources,
+            } => match self.update_nic(slot, link, &sources) {
+                Ok(dropped) => Event::NicUpdated { tag, dropped },
+                Err(error) => refused(tag, &error),
+            },
+            Request::Detach { tag, slot } => match self.detach(slot) {
                 Ok(()) => Event::Detached { tag },
                 Err(error) => refused(tag, &error),
             },

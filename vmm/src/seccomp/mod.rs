@@ -17,7 +17,7 @@ use std::thread::{Builder, JoinHandle};
 use libc::{sock_filter, sock_fprog};
 use nix::errno::Errno;
 
-use rules::{BLOCK, COMMON, Call, MAIN, START, VCPU};
+use rules::{BLOCK, COMMON, Call, MAIN, NET, START, VCPU};
 
 /// The stack of a thread, in bytes. None calls deep; and a stack of 2 MiB may by chance be one large page, which costs as much
 /// as the rest of the process.
@@ -32,6 +32,8 @@ pub enum ThreadKind {
     Vcpu,
     /// A block device's worker: reads and writes of its disk.
     Block,
+    /// A network device's worker: reads and writes of its tap.
+    Net,
 }
 
 /// Why a thread could not be confined.
@@ -89,9 +91,10 @@ impl Filter {
     /// The tables in [`rules`] make it too long.
     pub fn compile(kind: ThreadKind) -> Result<Self, Error> {
         let tables: &[&[Call]] = match kind {
-            ThreadKind::Main => &[COMMON, START, BLOCK, MAIN],
+            ThreadKind::Main => &[COMMON, START, BLOCK, NET, MAIN],
             ThreadKind::Vcpu => &[COMMON, VCPU],
             ThreadKind::Block => &[COMMON, BLOCK],
+            ThreadKind::Net => &[COMMON, NET],
         };
         let program = bpf::program(tables).map_err(|source| Error::Compile { kind, source })?;
         Ok(Self { kind, program })
@@ -156,7 +159,12 @@ mod tests {
         matches!(status, WaitStatus::Signaled(_, Signal::SIGSYS, _))
     }
 
-    const KINDS: [ThreadKind; 3] = [ThreadKind::Main, ThreadKind::Vcpu, ThreadKind::Block];
+    const KINDS: [ThreadKind; 4] = [
+        ThreadKind::Main,
+        ThreadKind::Vcpu,
+        ThreadKind::Block,
+        ThreadKind::Net,
+    ];
 
     #[test]
     fn every_kind_is_killed_for_what_none_needs() {
@@ -190,6 +198,9 @@ mod tests {
                 [libc::PR_SET_DUMPABLE as u64, 1, 0, 0, 0, 0],
             ),
             (libc::SYS_ioctl, [0, libc::TIOCSTI, 0, 0, 0, 0]),
+            (libc::SYS_ioctl, [0, libc::TUNSETIFF, 0, 0, 0, 0]),
+            (libc::SYS_ioctl, [0, libc::TUNSETPERSIST, 0, 0, 0, 0]),
+            (libc::SYS_ioctl, [0, libc::TUNATTACHFILTER, 0, 0, 0, 0]),
             (
                 libc::SYS_mmap,
                 [0, 4096, libc::PROT_EXEC as u64, 0x22, u64::MAX, 0],
@@ -229,6 +240,18 @@ mod tests {
     }
 
     #[test]
+    fn only_network_threads_and_main_change_a_tap() {
+        for request in [libc::TUNSETOFFLOAD, libc::TUNSETQUEUE] {
+            for kind in KINDS {
+                let arguments = [u64::MAX, request, 0, 0, 0, 0];
+                let status = confined(kind, libc::SYS_ioctl, arguments);
+                let refused = !matches!(kind, ThreadKind::Main | ThreadKind::Net);
+                assert_eq!(is_killed(status), refused, "{kind:?}: {status:?}");
+            }
+        }
+    }
+
+    #[test]
     fn a_confined_main_thread_starts_confined_workers() {
         let (sender, receiver) = mpsc::channel();
         let main = std::thread::spawn(|| {
@@ -237,12 +260,12 @@ mod tests {
                 .install()
                 .unwrap();
             let body = move || sender.send(vec![1u8; 1 << 20].len()).unwrap();
-            spawn(ThreadKind::Block, "disk0".into(), body)
-                .unwrap()
-                .join()
-                .unwrap();
+            for kind in [ThreadKind::Block, ThreadKind::Net] {
+                let body = body.clone();
+                spawn(kind, "worker".into(), body).unwrap().join().unwrap();
+            }
         });
         main.join().unwrap();
-        assert_eq!(receiver.recv().unwrap(), 1 << 20);
+        assert_eq!(receiver.iter().collect::<Vec<_>>(), [1 << 20; 2]);
     }
 }

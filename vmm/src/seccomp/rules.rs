@@ -108,6 +108,8 @@ pub const MAIN: &[Call] = &[
             &[Is(1, KVM_IRQFD)],
             &[Is(1, KVM_SET_GSI_ROUTING)],
             &[Is(1, libc::FIONBIO as u32)],
+            &[Is(1, libc::TUNGETIFF as u32)],
+            &[Is(1, libc::TUNSETVNETHDRSZ as u32)],
         ],
     ),
     (libc::SYS_lseek, &[]),
@@ -150,6 +152,21 @@ pub const BLOCK: &[Call] = &[
     (libc::SYS_preadv, &[]),
     (libc::SYS_pwrite64, &[]),
     (libc::SYS_pwritev, &[]),
+];
+
+/// Frames are read and written; the tap follows what the driver has agreed to.
+pub const NET: &[Call] = &[
+    (libc::SYS_epoll_pwait, &[]),
+    (libc::SYS_epoll_wait, &[]),
+    (
+        libc::SYS_ioctl,
+        &[
+            &[Is(1, libc::TUNSETOFFLOAD as u32)],
+            &[Is(1, libc::TUNSETQUEUE as u32)],
+        ],
+    ),
+    (libc::SYS_readv, &[]),
+    (libc::SYS_writev, &[]),
 ];
 
 pub const KVM_RUN: u32 = kvm(_IOC_NONE, 0x80, 0);

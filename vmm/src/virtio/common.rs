@@ -28,6 +28,7 @@ const DRIVER_FEATURE: u64 = 0x0c;
 const CONFIG_VECTOR: u64 = 0x10;
 const NUM_QUEUES: u64 = 0x12;
 const DEVICE_STATUS: u64 = 0x14;
+const CONFIG_GENERATION: u64 = 0x15;
 const QUEUE_SELECT: u64 = 0x16;
 const QUEUE_SIZE: u64 = 0x18;
 const QUEUE_VECTOR: u64 = 0x1a;
@@ -36,6 +37,15 @@ const QUEUE_NOTIFY_OFF: u64 = 0x1e;
 const QUEUE_DESC: u64 = 0x20;
 const QUEUE_DRIVER: u64 = 0x28;
 const QUEUE_DEVICE: u64 = 0x30;
+
+/// What the registers show besides what was written to them.
+#[derive(Debug, Clone, Copy)]
+pub struct Shown {
+    /// The device needs a reset.
+    pub broken: bool,
+    /// Of the device's own configuration (section 2.5.1).
+    pub generation: u8,
+}
 
 /// The registers.
 #[derive(Debug)]
@@ -132,8 +142,8 @@ impl Common {
     }
 
     /// The driver reads. Section 4.1.3.1 has it read each register as a whole, 64-bit registers by halves; anything else
-    /// reads as zero. `broken` shows in the status.
-    pub fn read(&self, offset: u64, data: &mut [u8], broken: bool) {
+    /// reads as zero.
+    pub fn read(&self, offset: u64, data: &mut [u8], shown: Shown) {
         let queue = self.queues.get(usize::from(self.queue_select));
         let place = queue.map(|queue| queue.place).unwrap_or_default();
         let value = match (offset, data.len()) {
@@ -143,8 +153,9 @@ impl Common {
             (DRIVER_FEATURE, 4) => half(self.features, self.driver_feature_select),
             (CONFIG_VECTOR, 2) => self.config_vector.into(),
             (NUM_QUEUES, 2) => self.queues.len() as u32,
-            (DEVICE_STATUS, 1) if broken => (self.status.value() | NEEDS_RESET).into(),
+            (DEVICE_STATUS, 1) if shown.broken => (self.status.value() | NEEDS_RESET).into(),
             (DEVICE_STATUS, 1) => self.status.value().into(),
+            (CONFIG_GENERATION, 1) => shown.generation.into(),
             (QUEUE_SELECT, 2) => self.queue_select.into(),
             // A queue that does not exist has size 0.
             (QUEUE_SIZE, 2) => place.size.into(),
@@ -157,8 +168,7 @@ impl Common {
             (0x2c, 4) => half(place.driver, 1),
             (QUEUE_DEVICE, 4) => half(place.device, 0),
             (0x34, 4) => half(place.device, 1),
-            // The configuration's generation (0x15) never changes, and neither queue_notify_data nor queue_reset, whose
-            // features are not offered, mean anything.
+            // Neither queue_notify_data nor queue_reset, whose features are not offered, mean anything.
             _ => 0,
         };
         data.fill(0);

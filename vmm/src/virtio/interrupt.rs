@@ -23,6 +23,11 @@ impl Signals {
     /// The device cannot go on because the driver broke the protocol: it shows `DEVICE_NEEDS_RESET` (section 2.1.2).
     pub fn set_broken(&self) {
         self.broken.store(true, Ordering::Release);
+        self.tell_of_change();
+    }
+
+    /// The device's configuration or status has changed.
+    pub fn tell_of_change(&self) {
         self.isr.fetch_or(ISR_CONFIG, Ordering::AcqRel);
         if let Some(event) = &*self.vector.lock().unwrap_or_else(PoisonError::into_inner) {
             write(event);

@@ -6,6 +6,7 @@
 pub mod block;
 mod common;
 mod interrupt;
+pub mod net;
 mod notify;
 mod ring;
 mod status;
@@ -15,12 +16,15 @@ mod testing;
 mod tests;
 mod transport;
 pub mod vsock;
+mod worker;
 
 pub use interrupt::{Interrupt, Signals};
 pub use ring::{Broken, Buffers, Chain, Ring};
 pub use transport::Transport;
 
+use std::borrow::Cow;
 use std::fmt::Debug;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
@@ -43,8 +47,13 @@ pub trait Device: Debug + Send + Sync {
     /// The queues that the device has.
     fn queues(&self) -> &[Queue];
 
-    /// The device's configuration space.
-    fn config(&self) -> &[u8];
+    /// The device's configuration space, whose length never changes.
+    fn config(&self) -> Cow<'_, [u8]>;
+
+    /// Changes with the configuration (section 2.5.1).
+    fn config_generation(&self) -> u8 {
+        0
+    }
 
     /// The driver is ready: the device serves its rings until it is stopped.
     fn start(&self, activation: Activation);
@@ -62,6 +71,14 @@ pub struct Queue {
     pub kick: Arc<EventFd>,
 }
 
+impl Queue {
+    /// The event's descriptor.
+    pub fn kick_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the event is open for as long as it is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.kick.as_raw_fd()) }
+    }
+}
+
 /// What a device gets to work with once its driver is ready.
 #[derive(Debug)]
 pub struct Activation {
@@ -71,4 +88,6 @@ pub struct Activation {
     pub features: u64,
     /// One for each queue; `None` for a queue that the driver does not use.
     pub rings: Vec<Option<Ring>>,
+    /// By which the device tells that its configuration has changed.
+    pub signals: Arc<Signals>,
 }

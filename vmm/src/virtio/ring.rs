@@ -1,17 +1,26 @@
 //! A split virtqueue (section 2.7) with every descriptor chain checked before a device sees it.
 //!
-//! virtio-queue walks the ring. What it leaves to its user is here: a chain that ends where it should not is an error
-//! (virtio-queue just ends it), and all of a chain's buffers are looked up in guest memory as whole ranges, once, so that no
-//! device ever holds an address of the guest's.
+//! virtio-queue walks the available ring. What it leaves to its user is here: the used ring, and the checks. A chain that ends
+//! where it should not is an error (virtio-queue just ends it), and all of a chain's buffers are looked up in guest memory as
+//! whole ranges, once, so that no device ever holds an address of the guest's.
 
-use std::sync::atomic::Ordering;
+use std::num::Wrapping;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileSlice};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
 use super::Interrupt;
 use crate::memory::GuestRam;
+
+/// Offsets in the used ring (section 2.7.8): its index, its elements and their length.
+const USED_INDEX: u64 = 2;
+const USED_ELEMENTS: u64 = 4;
+const USED_ELEMENT: u64 = 8;
+/// Offsets in the available ring (section 2.7.6): its flags and its elements, behind which is the event index.
+const AVAIL_FLAGS: u64 = 0;
+const AVAIL_RING: u64 = 4;
 
 /// How a driver broke a ring. The device that finds it stops serving the ring and asks for a reset.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +61,9 @@ pub enum Broken {
 #[derive(Debug)]
 pub struct Ring {
     queue: Queue,
+    /// How many chains have been pushed (modulo 2^16), and how many of them the driver was signalled for.
+    used: Wrapping<u16>,
+    signalled: Wrapping<u16>,
     interrupt: Interrupt,
 }
 
@@ -83,10 +95,20 @@ impl Ring {
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
         if queue.is_valid(ram) {
-            Ok(Self { queue, interrupt })
+            Ok(Self {
+                queue,
+                used: Wrapping(0),
+                signalled: Wrapping(0),
+                interrupt,
+            })
         } else {
             Err(virtio_queue::Error::FindMemoryRegion.into())
         }
+    }
+
+    /// Number of descriptors.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
     }
 
     /// Takes the next chain that the driver has made available.
@@ -106,12 +128,46 @@ impl Ring {
 
     /// Gives a chain back to the driver, with the number of bytes that were written to it.
     pub fn push(&mut self, ram: &GuestRam, head: u16, written: u32) -> Result<(), Broken> {
-        Ok(self.queue.add_used(ram, head, written)?)
+        self.push_all(ram, &[(head, written)])
+    }
+
+    /// Gives chains back to the driver, each with the number of bytes that were written to it. The driver sees all of them
+    /// or none, which it must be able to rely on when one packet is in several (and which virtio-queue cannot do).
+    pub fn push_all(&mut self, ram: &GuestRam, chains: &[(u16, u32)]) -> Result<(), Broken> {
+        let failed = virtio_queue::Error::GuestMemory;
+        let ring = GuestAddress(self.queue.used_ring());
+        for &(head, written) in chains {
+            let index = u64::from(self.used.0 % self.queue.size());
+            let element = u64::from(written) << 32 | u64::from(head);
+            let place = ring.unchecked_add(USED_ELEMENTS + index * USED_ELEMENT);
+            ram.write_obj(element.to_le(), place).map_err(failed)?;
+            self.used += 1;
+        }
+        let index = ring.unchecked_add(USED_INDEX);
+        ram.store(self.used.0.to_le(), index, Ordering::Release)
+            .map_err(failed)?;
+        Ok(())
     }
 
     /// Interrupts the driver if it wants to hear of the chains pushed since the last call.
     pub fn signal(&mut self, ram: &GuestRam) -> Result<(), Broken> {
-        if self.queue.needs_notification(ram)? && !self.is_muted(ram)? {
+        // The index is written before it is read what the driver wants.
+        fence(Ordering::SeqCst);
+        let area = GuestAddress(self.queue.avail_ring());
+        let read = |offset| {
+            ram.load(area.unchecked_add(offset), Ordering::Relaxed)
+                .map(u16::from_le)
+                .map_err(virtio_queue::Error::GuestMemory)
+        };
+        let wanted = if self.queue.event_idx_enabled() {
+            // Section 2.7.7.2, for several chains at once: the driver wants to hear of the one with this index.
+            let event = Wrapping(read(AVAIL_RING + u64::from(self.queue.size()) * 2)?);
+            self.used - event - Wrapping(1) < self.used - self.signalled
+        } else {
+            read(AVAIL_FLAGS)? & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0
+        };
+        self.signalled = self.used;
+        if wanted {
             self.interrupt.trigger();
         }
         Ok(())
@@ -130,17 +186,6 @@ impl Ring {
     /// The driver broke the ring: nothing more can be done with the device until it has been reset.
     pub fn set_broken(&self) {
         self.interrupt.signals().set_broken();
-    }
-
-    /// Section 2.7.7: without the event index the driver mutes interrupts by a flag (which virtio-queue does not read).
-    fn is_muted(&self, ram: &GuestRam) -> Result<bool, Broken> {
-        if self.queue.event_idx_enabled() {
-            return Ok(false);
-        }
-        let flags: u16 = ram
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(virtio_queue::Error::GuestMemory)?;
-        Ok(u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 != 0)
     }
 }
 
@@ -251,6 +296,11 @@ impl<'m> Buffers<'m> {
             data = later;
         }
         true
+    }
+
+    /// The pieces that are left.
+    pub fn into_slices(self) -> impl Iterator<Item = VolatileSlice<'m>> {
+        self.slices.into_iter().skip(self.first)
     }
 
     /// Consumes `count` bytes.

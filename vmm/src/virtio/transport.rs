@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::VmFd;
 
-use super::common::{self, Common};
+use super::common::{self, Common, Shown};
 use super::notify::Notify;
 use super::ring::{Broken, Ring};
 use super::status::Action;
@@ -133,12 +133,17 @@ impl Transport {
         match offset {
             COMMON..ISR => {
                 let common = self.lock_common();
-                common.read(offset - COMMON, data, self.signals.is_broken());
+                let shown = Shown {
+                    broken: self.signals.is_broken(),
+                    generation: self.device.config_generation(),
+                };
+                common.read(offset - COMMON, data, shown);
             }
             ISR if data.len() == 1 => data[0] = self.signals.take_isr(),
             DEVICE..NOTIFY => {
-                let config = self.device.config().get((offset - DEVICE) as usize..);
-                for (to, from) in data.iter_mut().zip(config.unwrap_or_default()) {
+                let config = self.device.config();
+                let config = config.iter().skip((offset - DEVICE) as usize);
+                for (to, from) in data.iter_mut().zip(config) {
                     *to = *from;
                 }
             }
@@ -192,6 +197,7 @@ impl Transport {
             ram: self.ram.clone(),
             features: common.features(),
             rings,
+            signals: self.signals.clone(),
         });
     }
 

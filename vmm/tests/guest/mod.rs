@@ -96,6 +96,7 @@ pub fn small() -> Boot {
         cmdline: String::new(),
         ports: vec![],
         disks: vec![],
+        nics: vec![],
     }
 }
 

@@ -1,7 +1,6 @@
 //! The block device (section 5.2): raw only, so that no byte the guest writes means anything to the host.
 //!
-//! Each queue has a thread of its own, which is started with the device, not with its driver: threads are started by the
-//! main thread alone, whose system call filter allows that.
+//! Each queue has a thread of its own.
 
 mod disk;
 mod request;
@@ -9,6 +8,7 @@ mod request;
 mod tests;
 mod worker;
 
+use std::borrow::Cow;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -22,9 +22,11 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use self::disk::Content;
 use self::request::Backend;
-use self::worker::Worker;
+use self::worker::Service;
+use super::worker::Worker;
 use super::{Activation, Device, Queue};
 use crate::control::Disk;
+use crate::seccomp::ThreadKind;
 
 /// The unit of addresses and lengths in requests, in bytes.
 const SECTOR: u64 = 512;
@@ -106,7 +108,7 @@ pub struct Block {
     features: u64,
     config: Vec<u8>,
     queues: Vec<Queue>,
-    workers: Vec<Worker>,
+    workers: Vec<Worker<Service>>,
 }
 
 impl Block {
@@ -170,7 +172,12 @@ impl Block {
             };
             // Blocking, because its thread waits by reading it.
             let kick = Arc::new(EventFd::new(EFD_CLOEXEC).map_err(thread)?);
-            let worker = Worker::start(&disk.id, queue, kick.clone(), backend.clone());
+            let serve = {
+                let (kick, backend) = (kick.clone(), backend.clone());
+                move |mut service: Box<Service>, rest: &_| service.run(rest, &kick, &backend)
+            };
+            let label = format!("{}:{queue}", disk.id);
+            let worker = Worker::start(ThreadKind::Block, label, kick.clone(), serve);
             device.workers.push(worker.map_err(thread)?);
             device.queues.push(Queue {
                 size: QUEUE_SIZE,
@@ -198,8 +205,8 @@ impl Device for Block {
         &self.queues
     }
 
-    fn config(&self) -> &[u8] {
-        &self.config
+    fn config(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.config)
     }
 
     fn start(&self, activation: Activation) {
@@ -207,10 +214,15 @@ impl Device for Block {
             ram,
             features,
             rings,
+            ..
         } = activation;
         for (worker, ring) in self.workers.iter().zip(rings) {
             if let Some(ring) = ring {
-                worker.serve(ram.clone(), ring, features);
+                worker.serve(Service {
+                    ram: ram.clone(),
+                    ring,
+                    features,
+                });
             }
         }
     }

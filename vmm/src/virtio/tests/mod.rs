@@ -3,6 +3,7 @@
 mod set_up;
 mod signals;
 
+use std::borrow::Cow;
 use std::sync::{Arc, Mutex};
 
 use vm_memory::{Bytes, GuestAddress};
@@ -75,8 +76,8 @@ impl Device for Probe {
         &self.queues
     }
 
-    fn config(&self) -> &[u8] {
-        b"configuration"
+    fn config(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(b"configuration")
     }
 
     fn start(&self, activation: Activation) {

@@ -27,8 +27,9 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -133,9 +134,7 @@ impl Vsock {
         for (token, queue) in [(TOKEN_RX, &queues[RX]), (TOKEN_TX, &queues[TX])] {
             // Edge-triggered: each notification is an event, and nothing has to be read to have it gone.
             let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
-            // SAFETY: the event is open for as long as it is borrowed.
-            let kick = unsafe { BorrowedFd::borrow_raw(queue.kick.as_raw_fd()) };
-            epoll.add(kick, EpollEvent::new(flags, token))?;
+            epoll.add(queue.kick_fd(), EpollEvent::new(flags, token))?;
         }
         Ok(Self(Arc::new(Shared {
             config: cid.to_le_bytes(),
@@ -252,8 +251,8 @@ impl Device for Vsock {
         &self.0.queues
     }
 
-    fn config(&self) -> &[u8] {
-        &self.0.config
+    fn config(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.0.config)
     }
 
     /// Without one of the two queues that carry packets, there is nothing to start.
