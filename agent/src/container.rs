@@ -8,9 +8,10 @@ use oci_spec::runtime::Process as ProcessSpec;
 use crate::cgroup::Cgroup;
 use crate::child;
 use crate::error::Error;
+use crate::oci::mapping::Mappings;
 use crate::oci::seccomp::Filter;
 use crate::oom::Kills;
-use crate::plan::{Mappings, Plan};
+use crate::plan::Plan;
 use crate::process::{Exit, Process, Status};
 use crate::sys;
 

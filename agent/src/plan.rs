@@ -5,8 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use oci_spec::runtime::{
-    Hook, Linux, LinuxIdMapping, LinuxPersonalityDomain, LinuxResources, Process as ProcessSpec,
-    Spec,
+    Hook, Linux, LinuxPersonalityDomain, LinuxResources, Process as ProcessSpec, Spec,
 };
 
 use crate::agent::Paths;
@@ -15,6 +14,7 @@ use crate::cgroup::limits;
 use crate::child::Container;
 use crate::error::{Context, Error};
 use crate::oci::Namespaces;
+use crate::oci::mapping::Mappings;
 use crate::oci::mount::{self, Mount};
 use crate::oci::program::Program;
 use crate::oci::root::Root;
@@ -107,7 +107,7 @@ impl Plan {
             program: Program::new(process, creation.terminal, seccomp.clone())?,
             devices: devices::rules(device_rules)?,
             resources,
-            mappings: Mappings::new(namespaces, linux)?,
+            mappings: mappings(namespaces, linux)?,
             time_offsets: time_offsets(namespaces, linux)?,
             seccomp,
             process: process.clone(),
@@ -166,54 +166,20 @@ fn sysctls(linux: &Linux) -> Result<Vec<(String, String)>, Error> {
         .collect()
 }
 
-/// The identities of a user namespace: each entry is the first identity inside, the first outside, and their number.
-#[derive(Debug, Clone, Default)]
-pub struct Mappings {
-    users: Vec<(u32, u32, u32)>,
-    groups: Vec<(u32, u32, u32)>,
-}
-
-impl Mappings {
-    fn new(namespaces: Namespaces, linux: &Linux) -> Result<Self, Error> {
-        let read = |mappings: &Option<Vec<LinuxIdMapping>>| -> Vec<_> {
-            let mappings = mappings.iter().flatten();
-            mappings
-                .map(|m| (m.container_id(), m.host_id(), m.size()))
-                .collect()
-        };
-        let (users, groups) = (read(linux.uid_mappings()), read(linux.gid_mappings()));
-        let own = namespaces.has(sys::CLONE_NEWUSER);
-        if own == (users.is_empty() || groups.is_empty()) {
-            return Err(Error::InvalidArgument(
-                "linux.uidMappings and gidMappings go with a user namespace, and it with them"
-                    .into(),
-            ));
-        }
-        Ok(Self { users, groups })
+/// The identities of the container's user namespace, if it has one.
+fn mappings(namespaces: Namespaces, linux: &Linux) -> Result<Mappings, Error> {
+    let mappings = Mappings::new(linux.uid_mappings(), linux.gid_mappings());
+    let expected = match namespaces.has(sys::CLONE_NEWUSER) {
+        true => (false, false),
+        false => (true, true),
+    };
+    if mappings.are_empty() != expected {
+        return Err(Error::InvalidArgument(
+            "linux.uidMappings and linux.gidMappings go with a user namespace, and it with them"
+                .into(),
+        ));
     }
-
-    /// The guest's number of one of the container's users.
-    pub fn user(&self, uid: u32) -> u32 {
-        let found = self
-            .users
-            .iter()
-            .find(|&&(inside, _, size)| uid.wrapping_sub(inside) < size);
-        match found {
-            Some((inside, outside, _)) => outside.wrapping_add(uid.wrapping_sub(*inside)),
-            None => uid,
-        }
-    }
-
-    /// Gives them to the user namespace of a process.
-    pub fn write(&self, pid: u32) -> Result<(), Error> {
-        for (file, mappings) in [("uid_map", &self.users), ("gid_map", &self.groups)] {
-            let lines = mappings.iter();
-            let lines = lines.map(|(inside, outside, size)| format!("{inside} {outside} {size}\n"));
-            let path = format!("/proc/{pid}/{file}");
-            fs::write(&path, lines.collect::<String>()).context(|| format!("writing {path}"))?;
-        }
-        Ok(())
-    }
+    Ok(mappings)
 }
 
 /// An offset of a clock in a time namespace.
@@ -324,6 +290,7 @@ mod tests {
         for bad in [
             r#"{"namespaces":[{"type":"mount"},{"type":"user"}]}"#,
             r#"{"namespaces":[{"type":"mount"}],"uidMappings":[{"containerID":0,"hostID":1,"size":1}],"gidMappings":[{"containerID":0,"hostID":1,"size":1}]}"#,
+            r#"{"namespaces":[{"type":"mount"}],"uidMappings":[{"containerID":0,"hostID":1,"size":1}]}"#,
             r#"{"namespaces":[{"type":"mount"}],"timeOffsets":{"monotonic":{"secs":1}}}"#,
             r#"{"namespaces":[{"type":"mount"},{"type":"time"}],"timeOffsets":{"realtime":{"secs":1}}}"#,
             r#"{"namespaces":[{"type":"mount"}],"sysctl":{"a/../b":"1"}}"#,

@@ -1,5 +1,6 @@
 //! Makes the processes of containers.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -7,9 +8,11 @@ use crate::agent::{Agent, Owner};
 use crate::cgroup::Cgroup;
 use crate::child;
 use crate::child::channel::{self, Parent, Report};
+use crate::child::outside::Outside;
 use crate::container::Container;
 use crate::error::{Context, Error};
-use crate::plan::{Mappings, Plan, TimeOffset, write_time_offsets};
+use crate::oci::mapping::Mappings;
+use crate::plan::{Plan, TimeOffset, write_time_offsets};
 use crate::process::Process;
 use crate::stdio;
 use crate::sys::{self, Fork};
@@ -23,8 +26,8 @@ impl Agent {
         cgroup: &Cgroup,
     ) -> Result<Parent, Error> {
         let container = &plan.container;
-        let root = match container.namespaces.has(sys::CLONE_NEWUSER) {
-            true => Some(self.mount_root(container).await?),
+        let outside = match container.needs_outside() {
+            true => Some(self.prepare_outside(container).await?),
             false => None,
         };
         let (parent, end) = channel::pair()?;
@@ -37,7 +40,7 @@ impl Agent {
             sys::fork_into(new, Some(cgroup.directory())).context(|| "making a process".into())
         })?;
         match fork {
-            Fork::Child => child::init(container, &process.program, root, stdio, &end),
+            Fork::Child => child::init(container, &process.program, outside, stdio, &end),
             Fork::Parent(pid, descriptor) => {
                 let owner = Owner::Unborn(process.clone());
                 self.born(process, pid, descriptor, owner);
@@ -51,19 +54,29 @@ impl Agent {
         Ok(parent)
     }
 
-    /// Mounts a root that the container's own user namespace could not mount, in a process of its own that then ends.
-    async fn mount_root(&self, container: &child::Container) -> Result<OwnedFd, Error> {
+    /// Prepares, in a process of its own that then ends, what the init of a container could not.
+    async fn prepare_outside(&self, container: &child::Container) -> Result<Outside, Error> {
         let (parent, end) = channel::pair()?;
         let fork = sys::fork_into(sys::CLONE_NEWNS, None);
-        match fork.context(|| "making a process to mount the root".into())? {
-            Fork::Child => child::mount_root(container, &end),
+        match fork.context(|| "making a process to prepare a container".into())? {
+            Fork::Child => child::outside::run(container, &end),
             Fork::Parent(..) => drop(end),
         }
-        match parent.report().await? {
-            Report::Descriptor(root) => Ok(root),
-            Report::Failed(error) => Err(error),
-            Report::NeedsMappings | Report::Ready | Report::Gone => Err(Error::Failed(
-                "the process that mounts the root has ended without a result".into(),
+        let mut prepared = VecDeque::new();
+        loop {
+            match parent.report().await? {
+                Report::Descriptor(mount) => prepared.push_back(mount),
+                Report::Failed(error) => return Err(error),
+                Report::NeedsMappings | Report::Ready | Report::Gone => break,
+            }
+        }
+        match prepared.pop_front() {
+            Some(root) if prepared.len() == container.mounts_outside() => Ok(Outside {
+                root,
+                mounts: prepared,
+            }),
+            _ => Err(Error::Failed(
+                "the process that prepares the container has ended without a result".into(),
             )),
         }
     }

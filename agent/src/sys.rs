@@ -129,6 +129,29 @@ pub fn mount_setattr(
         propagation: 0,
         userns_fd: 0,
     };
+    change_mount(mount, &arguments, recursive)
+}
+
+/// Maps the identities of a mount, and with `recursive` of all below it, as a user namespace does.
+pub fn map_mount(
+    mount: BorrowedFd<'_>,
+    user_namespace: BorrowedFd<'_>,
+    recursive: bool,
+) -> io::Result<()> {
+    let arguments = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: user_namespace.as_raw_fd() as u64,
+    };
+    change_mount(mount, &arguments, recursive)
+}
+
+fn change_mount(
+    mount: BorrowedFd<'_>,
+    arguments: &libc::mount_attr,
+    recursive: bool,
+) -> io::Result<()> {
     let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a C string, the structure is of the size that is passed, and both outlive the call.
     check(unsafe {
@@ -137,7 +160,7 @@ pub fn mount_setattr(
             mount.as_raw_fd(),
             c"".as_ptr(),
             libc::AT_EMPTY_PATH | recursive,
-            &raw const arguments,
+            &raw const *arguments,
             size_of::<libc::mount_attr>(),
         )
     })

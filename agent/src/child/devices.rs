@@ -9,6 +9,7 @@ use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 use rustix::io::Errno;
 
+use super::mounts::make_directories;
 use super::root::{attach, clone_tree};
 use crate::error::{Context, Error};
 
@@ -141,7 +142,7 @@ pub fn make(devices: &[Device]) -> Result<(), Error> {
 impl Device {
     fn make(&self) -> io::Result<()> {
         if let Some(parent) = self.path.parent() {
-            std::fs::create_dir_all(parent)?;
+            make_directories(parent)?;
         }
         if let Some(node) = &self.node {
             std::fs::File::create(&self.path)?;

@@ -10,13 +10,17 @@
 pub mod channel;
 pub mod copy;
 pub mod devices;
+pub mod filesystem;
 pub mod hooks;
+pub mod identities;
 pub mod mounts;
+pub mod outside;
 pub mod root;
 pub mod search;
 mod start;
 pub mod terminal;
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -33,6 +37,7 @@ use crate::oci::program::Program;
 use crate::oci::root::Root;
 use crate::sys;
 use channel::Child;
+use outside::Outside;
 
 /// A container, in the terms in which it is built.
 #[derive(Debug)]
@@ -77,11 +82,11 @@ pub struct Stdio {
 pub fn init(
     container: &Container,
     program: &Program,
-    root: Option<OwnedFd>,
+    outside: Option<Outside>,
     stdio: Option<Stdio>,
     channel: &Child,
 ) -> ! {
-    end(build(container, program, root, stdio, channel), channel)
+    end(build(container, program, outside, stdio, channel), channel)
 }
 
 /// A further process of a container whose init is `target` (a pidfd): joins its namespaces and becomes the program.
@@ -95,21 +100,6 @@ pub fn exec(
     end(join(container, program, target, stdio, channel), channel)
 }
 
-/// Mounts a container's root and hands it over: what the init of a container with a user namespace may not do.
-pub fn mount_root(container: &Container, channel: &Child) -> ! {
-    let mounted = || {
-        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-        rustix::mount::mount_change("/", private).context(|| "making mounts private".into())?;
-        let root = root::mount(&container.root, &container.scratch, &container.place)?;
-        channel.hand_over(root.as_fd())
-    };
-    if let Err(error) = mounted() {
-        channel.failed(&error);
-        sys::exit(1);
-    }
-    sys::exit(0)
-}
-
 fn end(result: Result<Infallible, Error>, channel: &Child) -> ! {
     let Err(error) = result;
     channel.failed(&error);
@@ -119,7 +109,7 @@ fn end(result: Result<Infallible, Error>, channel: &Child) -> ! {
 fn build(
     container: &Container,
     program: &Program,
-    root: Option<OwnedFd>,
+    outside: Option<Outside>,
     stdio: Option<Stdio>,
     channel: &Child,
 ) -> Result<Infallible, Error> {
@@ -142,22 +132,23 @@ fn build(
     }
     set_names(container)?;
     for (path, value) in &container.sysctls {
-        let path = PathBuf::from("/proc/sys").join(path);
-        fs::write(&path, value).context(|| format!("setting {} to {value:?}", path.display()))?;
+        if !container.is_set_outside(path) {
+            outside::set(path, value)?;
+        }
     }
 
     rustix::process::umask(Mode::empty());
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private).context(|| "making mounts private".into())?;
-    let root = match root {
-        Some(root) => root,
-        None => root::mount(&container.root, &container.scratch, &container.place)?,
+    let Outside { root, mut mounts } = match outside {
+        Some(outside) => outside,
+        None => Outside {
+            root: root::mount(&container.root, &container.scratch, &container.place)?,
+            mounts: VecDeque::new(),
+        },
     };
-    let cgroup = (!has(sys::CLONE_NEWCGROUP)).then_some(container.cgroup.as_path());
-    let mounts = container
-        .mounts
-        .iter()
-        .map(|mount| mounts::prepare(mount, cgroup));
+    let prepare = |mount| mounts::prepare(mount, container, &mut mounts);
+    let mounts = container.mounts.iter().map(prepare);
     let mounts: Vec<_> = mounts.collect::<Result<_, _>>()?;
     let devices = if container.own_devices() {
         devices::prepare(&container.devices, in_user_namespace)?
@@ -178,7 +169,7 @@ fn build(
         false => None,
     };
     if !program.directory.exists() {
-        fs::create_dir_all(&program.directory)
+        mounts::make_directories(&program.directory)
             .context(|| format!("making the directory {}", program.directory.display()))?;
     }
     hooks::run(

@@ -3,10 +3,11 @@
 //! What comes from the guest is opened before the container's root becomes the process's root, everything is mounted after that:
 //! no path of a container, whatever symbolic links it has, can lead out of it.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::CWD;
@@ -16,10 +17,12 @@ use rustix::mount::{
     fsopen, mount, mount_change, open_tree,
 };
 
+use super::Container;
+use super::filesystem::Filesystem;
 use super::root::{attach, clone_tree};
 use crate::error::{Context, Error};
 use crate::oci::mount::{Kind, Mount};
-use crate::sys::{MountAttributes, mount_setattr};
+use crate::sys::{CLONE_NEWCGROUP, MountAttributes, mount_setattr};
 
 /// A mount whose source has been opened, if it has one that must be.
 #[derive(Debug)]
@@ -28,25 +31,48 @@ pub struct Prepared<'a> {
     source: Option<OwnedFd>,
 }
 
-/// Opens what a mount takes from the guest. `cgroup` is the directory of the container's control group, for a container without a
-/// cgroup namespace: it sees its own group only, as it would with one.
-pub fn prepare<'a>(mount: &'a Mount, cgroup: Option<&Path>) -> Result<Prepared<'a>, Error> {
+/// Opens what a mount takes from the guest, unless it has been opened outside (`from_outside`, in the order of the mounts).
+pub fn prepare<'a>(
+    mount: &'a Mount,
+    container: &Container,
+    from_outside: &mut VecDeque<OwnedFd>,
+) -> Result<Prepared<'a>, Error> {
+    let source = match &mount.kind {
+        _ if container.is_prepared_outside(mount) => {
+            let source = from_outside.pop_front();
+            Some(source.ok_or_else(|| Error::Failed("a mount has not been prepared".into()))?)
+        }
+        Kind::Bind { .. } => Some(open(mount, &container.cgroup)?),
+        // Without a cgroup namespace a container sees its own group only, as it would with one.
+        Kind::Cgroup if !container.namespaces.has(CLONE_NEWCGROUP) => {
+            Some(open(mount, &container.cgroup)?)
+        }
+        Kind::Cgroup | Kind::Filesystem { .. } => None,
+    };
+    Ok(Prepared { mount, source })
+}
+
+/// Opens what a mount takes from the guest; `cgroup` is the directory of the container's control group.
+pub fn open(mount: &Mount, cgroup: &Path) -> Result<OwnedFd, Error> {
     let what = |source: &Path| {
         let (source, destination) = (source.display(), mount.destination.display());
         format!("opening {source} to mount it on {destination}")
     };
-    let source = match (&mount.kind, cgroup) {
-        (Kind::Bind { source, recursive }, _) => {
+    match &mount.kind {
+        Kind::Bind { source, recursive } => {
             let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
             if *recursive {
                 flags |= OpenTreeFlags::AT_RECURSIVE;
             }
-            Some(open_tree(CWD, source, flags).context(|| what(source))?)
+            open_tree(CWD, source, flags).context(|| what(source))
         }
-        (Kind::Cgroup, Some(cgroup)) => Some(clone_tree(cgroup).context(|| what(cgroup))?),
-        (Kind::Cgroup, None) | (Kind::Filesystem { .. }, _) => None,
-    };
-    Ok(Prepared { mount, source })
+        Kind::Cgroup => clone_tree(cgroup).context(|| what(cgroup)),
+        Kind::Filesystem { kind, source } => {
+            let filesystem = Filesystem::open(kind)?;
+            filesystem.set("source", source)?;
+            filesystem.mount(&mount.options)
+        }
+    }
 }
 
 impl Prepared<'_> {
@@ -55,6 +81,11 @@ impl Prepared<'_> {
         let destination = self.mount.destination.as_path();
         let what = || format!("mounting {}", destination.display());
         let options = &self.mount.options;
+        if let Kind::Filesystem { kind, .. } = &self.mount.kind {
+            if matches!(kind.as_str(), "proc" | "sysfs") {
+                require_plain_directory(destination)?;
+            }
+        }
         match (&self.mount.kind, self.source) {
             (_, Some(source)) => {
                 make_target(destination, is_directory(&source).context(what)?).context(what)?;
@@ -64,9 +95,6 @@ impl Prepared<'_> {
                 attach(&source, destination).context(what)?;
             }
             (Kind::Filesystem { kind, source }, None) => {
-                if matches!(kind.as_str(), "proc" | "sysfs") {
-                    require_plain_directory(destination)?;
-                }
                 // A tmpfs has the mode of the directory that it covers, if it is given none.
                 let covered = match kind.as_str() {
                     "tmpfs" => fs::metadata(destination).ok(),
@@ -158,14 +186,22 @@ fn make_target(path: &Path, directory: bool) -> io::Result<()> {
     }
     let path = follow(path);
     if directory {
-        return fs::create_dir_all(path);
+        return make_directories(&path);
     }
     if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent)?;
+        make_directories(parent)?;
     }
     let mut options = fs::OpenOptions::new();
     options.write(true).create(true).mode(0o755);
     options.open(path).map(drop)
+}
+
+/// Makes a directory that everybody may enter, and those above it, unless they are there. (The umask is zero here.)
+pub fn make_directories(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(path)
 }
 
 /// Where a path leads if what it names were there: links may lead to what does not exist yet.

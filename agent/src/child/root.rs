@@ -1,20 +1,18 @@
 //! Mounts a container's root file system, in the mount namespace of the calling process.
 
-use std::fmt::Display;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{CWD, Mode};
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
-    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
-};
+use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
+use super::filesystem::Filesystem;
+use super::identities;
 use crate::disk;
 use crate::error::{Context, Error};
 use crate::oci::mount::Options;
 use crate::oci::root::{Layer, Root, Source};
-use crate::sys::mount_setattr;
+use crate::sys::{map_mount, mount_setattr};
 
 /// Mounts a root and returns it unattached.
 ///
@@ -28,18 +26,21 @@ pub fn mount(root: &Root, scratch: &Path, place: &Path) -> Result<OwnedFd, Error
                 .context(|| format!("making {}", directory.display()))?;
         }
     }
+    let identities = root.mappings().map(identities::namespace).transpose()?;
+    let identities = identities.as_ref().map(AsFd::as_fd);
     match root {
-        Root::Plain(layer) => mount_layer(layer, false),
+        Root::Plain(layer) => mount_layer(layer, identities, false),
         Root::Empty => {
             let upper = scratch.join("upper");
             clone_tree(&upper).context(|| format!("opening {}", upper.display()))
         }
-        Root::Overlay { layers, options } => overlay(layers, options, scratch, place),
+        Root::Overlay { layers, options } => overlay(layers, identities, options, scratch, place),
     }
 }
 
 fn overlay(
     layers: &[Layer],
+    identities: Option<BorrowedFd<'_>>,
     options: &Options,
     scratch: &Path,
     place: &Path,
@@ -49,7 +50,7 @@ fn overlay(
     filesystem.set("source", "overlay")?;
     let mut mounts = Vec::with_capacity(layers.len());
     for layer in layers {
-        let mount = mount_layer(layer, true)?;
+        let mount = mount_layer(layer, identities, true)?;
         attach(&mount, place).context(|| format!("attaching a layer to {}", place.display()))?;
         // A path that leads to the mount itself, however many are attached above it.
         filesystem.set("lowerdir+", &format!("/proc/self/fd/{}", mount.as_raw_fd()))?;
@@ -80,13 +81,18 @@ fn imitate(layer: &OwnedFd, upper: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-fn mount_layer(layer: &Layer, read_only: bool) -> Result<OwnedFd, Error> {
-    match &layer.source {
+/// Mounts a layer, with its identities as a user namespace has them, if one is given.
+fn mount_layer(
+    layer: &Layer,
+    identities: Option<BorrowedFd<'_>>,
+    read_only: bool,
+) -> Result<OwnedFd, Error> {
+    let mount = match &layer.source {
         Source::Directory(directory) => {
             let what = || format!("opening the root {}", directory.display());
             let tree = clone_tree(directory).context(what)?;
             mount_setattr(tree.as_fd(), layer.options.attributes, false).context(what)?;
-            Ok(tree)
+            tree
         }
         Source::Disk {
             slot,
@@ -99,9 +105,14 @@ fn mount_layer(layer: &Layer, read_only: bool) -> Result<OwnedFd, Error> {
             if read_only {
                 options.flags |= rustix::mount::MountFlags::RDONLY;
             }
-            filesystem.mount(&options)
+            filesystem.mount(&options)?
         }
+    };
+    if let Some(identities) = identities {
+        map_mount(mount.as_fd(), identities, false)
+            .context(|| "mapping the identities of the root".into())?;
     }
+    Ok(mount)
 }
 
 /// Attaches a mount to a directory, or to a file if it is a file.
@@ -124,54 +135,4 @@ pub fn clone_tree(path: &Path) -> rustix::io::Result<OwnedFd> {
 fn path(path: &Path) -> Result<&str, Error> {
     path.to_str()
         .ok_or_else(|| Error::Failed(format!("the path {} is not UTF-8", path.display())))
-}
-
-/// A file system that is being configured; errors carry what the kernel says of them.
-struct Filesystem<'a> {
-    kind: &'a str,
-    context: OwnedFd,
-}
-
-impl<'a> Filesystem<'a> {
-    fn open(kind: &'a str) -> Result<Self, Error> {
-        let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)
-            .context(|| format!("opening the file system {kind}"))?;
-        Ok(Self { kind, context })
-    }
-
-    fn set(&self, key: &str, value: &str) -> Result<(), Error> {
-        fsconfig_set_string(&self.context, key, value)
-            .map_err(|errno| self.error(&format!("{key}={value}"), errno))
-    }
-
-    /// Configures what is left and mounts it.
-    fn mount(&self, options: &Options) -> Result<OwnedFd, Error> {
-        for option in &options.data {
-            match option.split_once('=') {
-                Some((key, value)) => self.set(key, value)?,
-                None => fsconfig_set_flag(&self.context, option.as_str())
-                    .map_err(|errno| self.error(option, errno))?,
-            }
-        }
-        let mut attributes = MountAttrFlags::from_bits_retain(options.attributes.set as u32);
-        if options.flags.contains(rustix::mount::MountFlags::RDONLY) {
-            fsconfig_set_flag(&self.context, "ro").map_err(|errno| self.error("ro", errno))?;
-            attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
-        }
-        fsconfig_create(&self.context).map_err(|errno| self.error("create", errno))?;
-        fsmount(&self.context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
-            .map_err(|errno| self.error("mount", errno))
-    }
-
-    fn error(&self, step: &str, cause: impl Display) -> Error {
-        let mut log = [0; 512];
-        let said = match rustix::io::read(&self.context, &mut log) {
-            Ok(length) => format!(" ({})", String::from_utf8_lossy(&log[..length]).trim()),
-            Err(_) => String::new(),
-        };
-        Error::Failed(format!(
-            "mounting the root file system, {}, {step}: {cause}{said}",
-            self.kind
-        ))
-    }
 }

@@ -4,6 +4,7 @@
 //! names it. Nothing is ignored silently, a field that the specification does not know included.
 
 pub mod capability;
+pub mod mapping;
 pub mod mount;
 pub mod program;
 pub mod root;
@@ -125,7 +126,8 @@ pub struct Namespaces {
 
 impl Namespaces {
     /// Reads `linux.namespaces`. An entry without a path is a namespace of the container's own. A network, IPC, UTS, PID or cgroup
-    /// namespace that has a path (a file of the host, which stands for the pod's) or no entry is the sandbox's.
+    /// namespace that has a path (a file of the host, which stands for the pod's) or no entry is the sandbox's. A user namespace is always
+    /// the container's own: the sandbox has none, and containers of a pod that share one on the host have equal mappings here.
     pub fn new(linux: &Linux) -> Result<Self, Error> {
         let mut new = 0;
         for namespace in linux.namespaces().iter().flatten() {
@@ -148,9 +150,9 @@ impl Namespaces {
                 .path()
                 .as_ref()
                 .is_some_and(|path| !path.as_os_str().is_empty());
-            if !shared {
+            if !shared || flag == sys::CLONE_NEWUSER {
                 new |= flag;
-            } else if flag & (sys::CLONE_NEWNS | sys::CLONE_NEWUSER | sys::CLONE_NEWTIME) != 0 {
+            } else if flag & (sys::CLONE_NEWNS | sys::CLONE_NEWTIME) != 0 {
                 return Err(refused(&format!(
                     "linux.namespaces: the path of a {name} namespace"
                 )));
@@ -204,7 +206,7 @@ mod tests {
         for bad in [
             r#"{"namespaces":[{"type":"pid"}]}"#,
             r#"{"namespaces":[{"type":"mount","path":"/x"}]}"#,
-            r#"{"namespaces":[{"type":"mount"},{"type":"user","path":"/x"}]}"#,
+            r#"{"namespaces":[{"type":"mount"},{"type":"time","path":"/x"}]}"#,
             r#"{"namespaces":[{"type":"mount"},{"type":"mount"}]}"#,
         ] {
             let linux: Linux = serde_json::from_str(bad).unwrap();

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use oci_spec::runtime::Mount as Entry;
 use rustix::mount::{MountFlags, MountPropagationFlags};
 
+use super::mapping::Mappings;
 use crate::error::Error;
 use crate::sys::MountAttributes;
 
@@ -17,6 +18,8 @@ pub struct Mount {
     pub kind: Kind,
     /// How.
     pub options: Options,
+    /// How identities of its file system appear in it, if not as they are.
+    pub mappings: Option<Mappings>,
 }
 
 /// What is mounted.
@@ -45,6 +48,8 @@ pub struct Options {
     pub data: Vec<String>,
     /// Whether a tmpfs begins with a copy of what it covers.
     pub copy_up: bool,
+    /// Whether identities are mapped, and if so, whether those of all mounts below, too.
+    pub id_mapped: Option<bool>,
     bind: Option<bool>,
 }
 
@@ -57,6 +62,7 @@ impl Default for Options {
             propagation: Vec::new(),
             data: Vec::new(),
             copy_up: false,
+            id_mapped: None,
             bind: None,
         }
     }
@@ -73,12 +79,6 @@ impl TryFrom<&Entry> for Mount {
                 "{}: the destination is not absolute",
                 name()
             )));
-        }
-        for (field, mappings) in [
-            ("uidMappings", entry.uid_mappings()),
-            ("gidMappings", entry.gid_mappings()),
-        ] {
-            super::refuse(&format!("{}: {field}", name()), mappings.is_some())?;
         }
         let options = entry.options().iter().flatten().map(String::as_str);
         let options = Options::parse(options)
@@ -113,10 +113,28 @@ impl TryFrom<&Entry> for Mount {
                 return Err(super::refused(&format!("{}: option {option}", name())));
             }
         }
+        let mappings = Mappings::new(entry.uid_mappings(), entry.gid_mappings());
+        let mappings = match (mappings.are_empty(), options.id_mapped) {
+            ((true, true), None) => None,
+            ((false, false), _) if matches!(kind, Kind::Bind { .. }) => Some(mappings),
+            ((false, false), _) => {
+                return Err(super::refused(&format!(
+                    "{}: uidMappings of a mount that is no bind",
+                    name()
+                )));
+            }
+            _ => {
+                return Err(Error::InvalidArgument(format!(
+                    "{}: uidMappings and gidMappings are needed, both of them, to map the identities of a mount",
+                    name()
+                )));
+            }
+        };
         Ok(Self {
             destination,
             kind,
             options,
+            mappings,
         })
     }
 }
@@ -260,7 +278,9 @@ impl Options {
                     "rbind" => parsed.bind = Some(true),
                     "tmpcopyup" => parsed.copy_up = true,
                     "defaults" => {}
-                    "remount" | "idmap" | "ridmap" => return Err(option),
+                    "idmap" => parsed.id_mapped = Some(false),
+                    "ridmap" => parsed.id_mapped = Some(true),
+                    "remount" => return Err(option),
                     data => parsed.data.push(data.to_owned()),
                 }
             }
@@ -334,7 +354,8 @@ mod tests {
             r#"{"destination":"/x","type":"bind","source":"relative"}"#,
             r#"{"destination":"/x","type":"bind","source":"/y","options":["size=1"]}"#,
             r#"{"destination":"/x","type":"bind","source":"/y","options":["bind","idmap"]}"#,
-            r#"{"destination":"/x","type":"tmpfs","uidMappings":[{"containerID":0,"hostID":1,"size":1}]}"#,
+            r#"{"destination":"/x","type":"bind","source":"/y","uidMappings":[{"containerID":0,"hostID":1,"size":1}]}"#,
+            r#"{"destination":"/x","type":"tmpfs","uidMappings":[{"containerID":0,"hostID":1,"size":1}],"gidMappings":[{"containerID":0,"hostID":1,"size":1}]}"#,
         ] {
             assert!(
                 matches!(mount(bad), Err(Error::InvalidArgument(_))),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use containerd_shim_protos::types::mount::Mount as Entry;
 use rustix::mount::MountFlags;
 
+use super::mapping::Mappings;
 use super::mount::Options;
 use crate::error::Error;
 use crate::protocol::parse_disk_source;
@@ -28,6 +29,9 @@ pub enum Root {
 pub struct Layer {
     pub source: Source,
     pub options: Options,
+    /// How the identities of its files appear, if not as they are; the same for all layers of a root. What is written above them is
+    /// written as it appears.
+    pub mappings: Option<Mappings>,
 }
 
 /// Where a layer comes from.
@@ -44,6 +48,15 @@ pub enum Source {
 }
 
 impl Root {
+    /// How the identities of its files appear, if not as they are.
+    pub fn mappings(&self) -> Option<&Mappings> {
+        match self {
+            Self::Plain(layer) => layer.mappings.as_ref(),
+            Self::Overlay { layers, .. } => layers.first()?.mappings.as_ref(),
+            Self::Empty => None,
+        }
+    }
+
     /// Whether it needs a directory of its own on the scratch disk.
     pub fn is_writable(&self) -> bool {
         match self {
@@ -63,7 +76,11 @@ impl TryFrom<&[Entry]> for Root {
                 "rootfs is empty: a container needs a root file system".into(),
             )),
             [layers @ .., last] if last.type_ == "overlay" => {
-                let options = options(last)?;
+                let mut options = options(last)?;
+                let mappings = Mappings::from_options(&mut options.data);
+                let mappings = mappings
+                    .map_err(|option| super::refused(&format!("rootfs: option {option}")))?;
+                let layer = |entry| layer(entry, mappings.clone());
                 let layers: Vec<_> = layers.iter().map(layer).collect::<Result<_, _>>()?;
                 let read_only = options.flags.contains(MountFlags::RDONLY);
                 match <[Layer; 1]>::try_from(layers) {
@@ -80,7 +97,7 @@ impl TryFrom<&[Entry]> for Root {
                     Err(layers) => Ok(Self::Overlay { layers, options }),
                 }
             }
-            [one] => Ok(Self::Plain(layer(one)?)),
+            [one] => Ok(Self::Plain(layer(one, None)?)),
             [.., last] => Err(Error::InvalidArgument(format!(
                 "rootfs: of several mounts the last must be of type overlay, not {:?}",
                 last.type_
@@ -94,7 +111,7 @@ fn options(entry: &Entry) -> Result<Options, Error> {
         .map_err(|option| super::refused(&format!("rootfs: option {option}")))
 }
 
-fn layer(entry: &Entry) -> Result<Layer, Error> {
+fn layer(entry: &Entry, mappings: Option<Mappings>) -> Result<Layer, Error> {
     let source = match entry.type_.as_str() {
         "erofs" | "ext4" | "xfs" => match parse_disk_source(&entry.source) {
             Some((slot, partition)) => Source::Disk {
@@ -120,6 +137,7 @@ fn layer(entry: &Entry) -> Result<Layer, Error> {
     Ok(Layer {
         source,
         options: options(entry)?,
+        mappings,
     })
 }
 

@@ -165,3 +165,85 @@ pub async fn links_of_an_image_do_not_lead_out(guest: &Guest) {
     assert_eq!(outcome.output, "/mnt/made\n", "{}", outcome.error);
     assert_eq!(std::fs::read_dir(&secret).unwrap().count(), 0);
 }
+
+/// Gives a container users of its own, whose number 0 is the guest's `outside`.
+fn add_users(spec: &mut serde_json::Value, outside: u32) {
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+    namespaces.push(json!({"type": "user", "path": "/proc/7/ns/user"}));
+    for field in ["uidMappings", "gidMappings"] {
+        spec["linux"][field] = mapping(outside);
+    }
+}
+
+fn mapping(outside: u32) -> serde_json::Value {
+    json!([{"containerID": 0, "hostID": outside, "size": 65536}])
+}
+
+pub async fn identities_of_mounts_are_mapped(guest: &Guest) {
+    let outside = guest.directory.join(format!("mapped-{}", guest.number()));
+    std::fs::create_dir(&outside).unwrap();
+    std::fs::write(outside.join("file"), "").unwrap();
+    std::os::unix::fs::chown(outside.join("file"), Some(3), Some(4)).unwrap();
+    // A container whose own users are mapped alike sees what is on the disk, and may not enter what is not mapped.
+    for (users, expected) in [(false, "70003:80004\n"), (true, "3:10004\n")] {
+        let mut spec = spec(&["stat", "-c", "%u:%g", "/in/file"]);
+        let mut mount = json!({"destination": "/in", "type": "bind", "source": outside, "options": ["bind", "idmap"]});
+        mount["uidMappings"] = mapping(70_000);
+        mount["gidMappings"] = mapping(80_000);
+        spec["mounts"].as_array_mut().unwrap().push(mount);
+        let root = guest.root();
+        if users {
+            add_users(&mut spec, 70_000);
+            for path in ["", "dev", "proc", "sys"] {
+                std::os::unix::fs::chown(root.join(path), Some(70_000), Some(70_000)).unwrap();
+            }
+        }
+        let outcome = guest.run_in(&spec, &[bind(&root)]).await.unwrap();
+        assert_eq!(outcome.output, expected, "{}", outcome.error);
+    }
+}
+
+pub async fn identities_of_layers_are_mapped(guest: &Guest) {
+    if !kernel_has_layers() {
+        return;
+    }
+    let base = guest.root();
+    std::fs::set_permissions(base.join("home"), PermissionsExt::from_mode(0o700)).unwrap();
+    let command = "stat -c %u:%g / /etc/passwd /home/user; touch /home/new; stat -c %u:%g /home /home/new; chown 5:6 /etc/passwd; stat -c %u:%g /etc/passwd";
+    let mut users = spec(&["sh", "-c", command]);
+    add_users(&mut users, 70_000);
+    let top = overlay(&["index=off", "uidmap=0:70000:65536", "gidmap=0:70000:65536"]);
+    let outcome = guest.run_in(&users, &[bind(&base), top]).await.unwrap();
+    assert_eq!(
+        (outcome.output.as_str(), outcome.error.as_str()),
+        ("0:0\n0:0\n0:0\n0:0\n0:0\n5:6\n", "")
+    );
+}
+
+pub async fn a_container_with_users_mounts_what_only_the_guest_may_open(guest: &Guest) {
+    let secret = guest.directory.join(format!("closed-{}", guest.number()));
+    std::fs::create_dir_all(secret.join("inner")).unwrap();
+    std::fs::write(secret.join("inner/file"), "text\n").unwrap();
+    std::fs::set_permissions(&secret, PermissionsExt::from_mode(0o700)).unwrap();
+    let root = guest.root();
+    for path in ["", "dev", "proc", "sys", "run"] {
+        std::os::unix::fs::chown(root.join(path), Some(70_000), Some(70_000)).unwrap();
+    }
+    let mut spec = spec(&["sh", "-c", "cat /in/file; ls /devices/null /dev/mqueue"]);
+    add_users(&mut spec, 70_000);
+    spec["linux"]["namespaces"]
+        .as_array_mut()
+        .unwrap()
+        .retain(|namespace| namespace["type"] != "ipc");
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    // A directory in one that is closed to others, and one with mounts below it.
+    mounts.push(json!({"destination": "/in", "type": "bind", "source": secret.join("inner"), "options": ["bind", "ro"]}));
+    mounts.push(
+        json!({"destination": "/devices", "type": "bind", "source": "/dev", "options": ["bind"]}),
+    );
+    let outcome = guest.run_in(&spec, &[bind(&root)]).await.unwrap();
+    assert!(
+        outcome.output.starts_with("text\n/devices/null\n"),
+        "{outcome:?}"
+    );
+}

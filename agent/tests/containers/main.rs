@@ -66,7 +66,10 @@ tests! {
         a_tmpfs_has_the_mode_of_what_it_covers
         a_tmpfs_may_begin_with_a_copy
         recursive_read_only_covers_what_is_below
-        links_of_an_image_do_not_lead_out;
+        links_of_an_image_do_not_lead_out
+        identities_of_mounts_are_mapped
+        identities_of_layers_are_mapped
+        a_container_with_users_mounts_what_only_the_guest_may_open;
     limits:
         limits_are_set_changed_and_counted
         running_out_of_memory_kills_in_the_container_and_is_told_before_the_exit
