@@ -44,14 +44,8 @@ pub struct Spec<'a> {
     linux: Object<'a>,
 }
 
-/// Hooks that are programs of the host. `startContainer` is one of the container's.
-const HOST_HOOKS: [&str; 5] = [
-    "prestart",
-    "createRuntime",
-    "createContainer",
-    "poststart",
-    "poststop",
-];
+/// Hooks that are programs of the host. The others run in the container.
+const HOST_HOOKS: [&str; 4] = ["prestart", "createRuntime", "poststart", "poststop"];
 
 /// Fields of a process that name objects of the host's security modules: they confine it against the host's kernel, which it never meets.
 const HOST_LABELS: [&str; 2] = ["apparmorProfile", "selinuxLabel"];
