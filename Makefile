@@ -5,13 +5,15 @@
 #   SHARE=directory          puts a directory of this machine at /share in both
 # make test                  all that CI checks
 #   TEST=name                only the tests whose names contain it
+# make bench                 counts what a start costs, on the emulated node, and fails if a budget (tests/budgets.toml) is broken
+#   ROW=name                 only this row
 # make format                lays out the sources
 
 cargo := tests/cargo
 node := $(cargo) run --quiet --locked --package bulkhead-tests --bin node --
 export ON RUN SHARE
 
-.PHONY: demo node test lint unit e2e format
+.PHONY: demo node test lint unit e2e bench format
 
 demo:
 	@$(node) demo $${ON:+--on "$$ON"}
@@ -34,6 +36,12 @@ unit:
 e2e: unit
 	CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/tests/on-node' \
 	  $(cargo) test --locked --package bulkhead-tests --test e2e -- $(TEST)
+
+bench:
+	@start=$$(date +%s); \
+	COUNTING=1 ON= CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/tests/on-node' \
+	  $(cargo) test --quiet --locked --package bulkhead-tests --test bench -- $(ROW); \
+	code=$$?; echo "Took $$(($$(date +%s) - start)) s."; exit $$code
 
 format:
 	$(cargo) fmt --all

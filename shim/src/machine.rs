@@ -30,6 +30,13 @@ use crate::console::Console;
 use crate::disk::DiskFiles;
 use worker::{Command, State, Worker};
 
+/// What every guest kernel is told: where its console and its root are, to end the machine when it fails, and not to rewrite its
+/// code for the case that it has one processor (which costs a twelfth of the boot and gains next to nothing).
+pub const CMDLINE: &str = concat!(
+    "console=ttyS0 quiet root=/dev/vda rootfstype=erofs ro reboot=k panic=-1",
+    " noreplace-smp"
+);
+
 /// How many lines of the console go into errors.
 const CONSOLE_LINES: usize = 20;
 

@@ -192,14 +192,28 @@ impl<'a> Running<'a> {
 
     /// What containerd says of its task: `RUNNING`, `STOPPED` and so on.
     pub fn status(&self) -> Result<String> {
+        self.task().map(|(_, status)| status)
+    }
+
+    /// The host's process that stands for its task.
+    pub fn pid(&self) -> Result<u32> {
+        self.task().map(|(pid, _)| pid)
+    }
+
+    /// The number of its task's process, and its status.
+    fn task(&self) -> Result<(u32, String)> {
         let table = self.world.ctr(&["task", "list"]).output()?.success()?;
         let mut rows = table
             .lines()
             .map(|line| line.split_whitespace().collect::<Vec<_>>());
         let row = rows.find(|row| row.first() == Some(&self.name.as_str()));
-        match row.as_deref() {
-            Some([_, _, status]) => Ok((*status).to_owned()),
-            _ => Err(Error::Unfit(format!("no task {} in:\n{table}", self.name))),
+        let task = row.as_deref().and_then(|row| match row {
+            [_, pid, status] => Some((pid.parse().ok()?, (*status).to_owned())),
+            _ => None,
+        });
+        match task {
+            Some(task) => Ok(task),
+            None => Err(Error::Unfit(format!("no task {} in:\n{table}", self.name))),
         }
     }
 

@@ -23,7 +23,7 @@ use crate::config::Config;
 use crate::container::Container;
 use crate::disk::DiskFiles;
 use crate::error::Error;
-use crate::machine::{self, Machine, MachineSpec, Reason};
+use crate::machine::{self, CMDLINE, Machine, MachineSpec, Reason};
 use crate::options::Options;
 use crate::process::Process;
 use crate::rootfs::{self, Mounts, Rootfs};
@@ -31,13 +31,6 @@ use crate::sizing::{self, Host};
 use crate::spec::Spec;
 use crate::state::{ProcessId, State};
 use crate::streams::{Ends, Stdio, Streams};
-
-/// What every guest kernel is told: where its console and its root are, to end the machine when it fails, and not to rewrite its
-/// code for the case that it has one processor (which costs a twelfth of the boot and gains next to nothing).
-const CMDLINE: &str = concat!(
-    "console=ttyS0 quiet root=/dev/vda rootfstype=erofs ro reboot=k panic=-1",
-    " noreplace-smp"
-);
 
 impl Tasks {
     /// Makes a container, and returns the number of the host's process that stands for it. If its client, which holds the other end of

@@ -63,6 +63,9 @@ enum Verb {
         /// Where, as with `run`.
         #[arg(long)]
         on: Option<Place>,
+        /// Run a benchmark, on the emulated node, whose clock counts instructions, 4 ns each.
+        #[arg(long, conflicts_with = "on")]
+        counting: bool,
         program: PathBuf,
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
@@ -142,16 +145,24 @@ fn run(verb: Verb) -> Result<u8> {
         }
         Verb::Test {
             on,
+            counting,
             program,
             arguments,
         } => {
-            if !selects(&program, &arguments)? {
+            if !counting && !selects(&program, &arguments)? {
                 let status = Command::new(&program).args(&arguments).status();
                 return Ok(code(status.or_cannot("run the tests")?));
             }
             let build = Build::new()?;
-            let place = on.map_or_else(|| Place::choose(&build), Ok)?;
-            let mut command = String::from("exec \"$BULKHEAD_PAYLOAD/file\" --test-threads=1");
+            let place = match on {
+                Some(place) => place,
+                None if counting => Place::Node,
+                None => Place::choose(&build)?,
+            };
+            let mut command = String::from("exec \"$BULKHEAD_PAYLOAD/file\"");
+            if !counting {
+                command += " --test-threads=1";
+            }
             for argument in &arguments {
                 command += " ";
                 command += &quoted(argument);
@@ -162,7 +173,7 @@ fn run(verb: Verb) -> Result<u8> {
                 file: Some(&program),
                 command: &command,
                 share: None,
-                counting: false,
+                counting,
                 limit: Some(Duration::from_secs(TEST_LIMIT)),
             };
             job.run(place)
