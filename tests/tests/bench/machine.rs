@@ -119,6 +119,7 @@ impl Machine {
             memory_mib: MEMORY,
             cmdline: cmdline.to_owned(),
             ports: vec![AGENT_PORT],
+            nics: Vec::new(),
             disks: vec![Disk {
                 id: "root".into(),
                 read_only: true,
