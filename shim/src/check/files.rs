@@ -7,6 +7,8 @@ use std::io;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
+
 use super::{Finding, Verdict};
 use crate::config::Config;
 
@@ -14,21 +16,42 @@ use crate::config::Config;
 const EROFS_OFFSET: u64 = 1024;
 const EROFS_MAGIC: [u8; 4] = 0xe0f5_e1e2u32.to_le_bytes();
 
-/// Programs that the shim runs, and Debian's packages of them.
-const PROGRAMS: [(&str, &str); 2] = [("mkfs.erofs", "erofs-utils"), ("mke2fs", "e2fsprogs")];
+/// The program that the shim runs, and Debian's package of it.
+const MKE2FS: (&str, &str) = ("mke2fs", "e2fsprogs");
 
 /// All checks of files.
 pub fn check(config: &Config) -> Vec<Finding> {
-    let mut findings = vec![
+    let path = env::var_os("PATH").unwrap_or_default();
+    let (program, package) = MKE2FS;
+    vec![
         Finding::new("VMM", vmm(&config.vmm)),
         Finding::new("guest kernel", kernel(&config.kernel)),
         Finding::new("guest root image", image(&config.image)),
-    ];
-    let path = env::var_os("PATH").unwrap_or_default();
-    for (program, package) in PROGRAMS {
-        findings.push(Finding::new(program, in_path(program, package, &path)));
+        Finding::new("layer cache", directory(&config.cache_dir, "cache_dir")),
+        Finding::new(
+            "scratch disks",
+            directory(&config.scratch_dir, "scratch_dir"),
+        ),
+        Finding::new(program, in_path(program, package, &path)),
+    ]
+}
+
+/// Whether files without a name can be made in a directory, or where it is going to be made: nothing of a machine can be left
+/// behind in them.
+fn directory(path: &Path, key: &str) -> Verdict {
+    let there = path.ancestors().find(|directory| directory.exists());
+    let there = there.unwrap_or(Path::new("/"));
+    let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+    match rustix::fs::open(there, flags, Mode::RUSR | Mode::WUSR) {
+        Ok(_) => Verdict::good(path.display().to_string()),
+        Err(errno) => Verdict::bad(
+            format!(
+                "no file without a name (O_TMPFILE) can be made in {}: {errno}",
+                there.display()
+            ),
+            format!("set `{key}` in the configuration to a directory on ext4, XFS, Btrfs or tmpfs"),
+        ),
     }
-    findings
 }
 
 /// Opens a file that the key `key` of the configuration names.
@@ -203,6 +226,19 @@ mod tests {
         fs::write(&path, elf).unwrap();
         fs::set_permissions(&path, Permissions::from_mode(0o750)).unwrap();
         assert!(problem(vmm(&path)).contains("chmod a+x"));
+    }
+
+    #[test]
+    fn a_directory_need_not_be_there_but_its_file_system_must_do() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("not/yet");
+        assert!(directory(&path, "cache_dir").is_good());
+        assert!(!path.exists());
+        let text = problem(directory(Path::new("/proc/layers"), "cache_dir"));
+        assert!(
+            text.contains("in /proc: ") && text.contains("`cache_dir`"),
+            "{text}"
+        );
     }
 
     #[test]
