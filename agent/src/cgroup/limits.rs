@@ -22,7 +22,7 @@ fn setting(file: &str, value: impl ToString) -> Setting {
 
 fn refused(field: &str) -> Error {
     Error::InvalidArgument(format!(
-        "linux.resources.{field} cannot be set: control groups of version 2 do not have it"
+        "linux.resources.{field} cannot be set: the guest's control groups, of version 2, do not have it"
     ))
 }
 
@@ -221,23 +221,16 @@ fn block(block: &LinuxBlockIo, settings: &mut Vec<Setting>) -> Result<(), Error>
         "blockIO.leafWeight",
         block.leaf_weight().is_some_and(|weight| weight != 0),
     )?;
-    if let Some(weight) = block.weight().filter(|&weight| weight != 0) {
-        settings.push(setting(
-            "io.weight",
-            format!("default {}", io_weight(weight)),
-        ));
-    }
-    for device in block.weight_device().iter().flatten() {
-        refuse(
-            "blockIO.weightDevice.leafWeight",
-            device.leaf_weight().is_some_and(|weight| weight != 0),
-        )?;
-        if let Some(weight) = device.weight().filter(|&weight| weight != 0) {
-            let (major, minor) = (device.major(), device.minor());
-            let value = format!("{major}:{minor} {}", io_weight(weight));
-            settings.push(setting("io.weight", value));
-        }
-    }
+    // The guest's kernel has nothing that would share a disk by weights.
+    refuse(
+        "blockIO.weight",
+        block.weight().is_some_and(|weight| weight != 0),
+    )?;
+    let devices = block.weight_device().as_ref();
+    refuse(
+        "blockIO.weightDevice",
+        devices.is_some_and(|devices| !devices.is_empty()),
+    )?;
     for (name, devices) in [
         ("rbps", block.throttle_read_bps_device()),
         ("wbps", block.throttle_write_bps_device()),
@@ -258,11 +251,6 @@ fn throttle(name: &str, device: &LinuxThrottleDevice) -> Setting {
         rate => rate.to_string(),
     };
     setting("io.max", format!("{major}:{minor} {name}={rate}"))
-}
-
-/// A weight of 10 to 1000 as one of 1 to 10000, by the mapping that all runtimes use.
-fn io_weight(weight: u16) -> u64 {
-    1 + (u64::from(weight.clamp(10, 1000)) - 10) * 9999 / 990
 }
 
 #[cfg(test)]
@@ -324,8 +312,8 @@ mod tests {
             &[("hugetlb.2MB.max", "4194304")],
         );
         is(
-            r#"{"blockIO":{"weight":1000,"throttleReadBpsDevice":[{"major":253,"minor":0,"rate":9}]}}"#,
-            &[("io.weight", "default 10000"), ("io.max", "253:0 rbps=9")],
+            r#"{"blockIO":{"throttleReadBpsDevice":[{"major":253,"minor":0,"rate":9}]}}"#,
+            &[("io.max", "253:0 rbps=9")],
         );
         is(
             r#"{"unified":{"memory.high":"5","io.max":"1:2 rbps=3\n1:3 rbps=4"}}"#,
@@ -349,6 +337,7 @@ mod tests {
                 "memory.disableOOMKiller",
             ),
             (r#"{"cpu":{"realtimeRuntime":1}}"#, "cpu.realtimeRuntime"),
+            (r#"{"blockIO":{"weight":10}}"#, "blockIO.weight"),
             (r#"{"network":{"classID":1}}"#, "network.classID"),
             (r#"{"rdma":{"mlx5":{"hcaHandles":1}}}"#, "rdma"),
             (r#"{"unified":{"../x.y":"1"}}"#, "unified"),

@@ -37,18 +37,53 @@ pub fn parse_resources(json: &[u8]) -> Result<LinuxResources, Error> {
 
 fn parse<T: DeserializeOwned>(what: &str, json: &[u8]) -> Result<T, Error> {
     let mut unknown = None;
-    let mut deserializer = serde_json::Deserializer::from_slice(json);
-    let parsed = serde_ignored::deserialize(&mut deserializer, |path| {
-        // An optional field shows as a step of its own, written as a question mark.
-        unknown.get_or_insert_with(|| path.to_string().replace(".?", ""));
+    let parsed = read(json, &mut unknown).or_else(|error| match renamed(json) {
+        Some(json) => read(&json, &mut unknown),
+        None => Err(error),
     });
     let parsed = parsed
-        .and_then(|parsed| deserializer.end().map(|()| parsed))
         .map_err(|error| Error::InvalidArgument(format!("{what} does not parse: {error}")))?;
     match unknown {
         None => Ok(parsed),
         Some(path) => Err(refused(&format!("{what}: {path}"))),
     }
+}
+
+/// Parses a document, and notes the first of its fields that is not known.
+fn read<T: DeserializeOwned>(
+    json: &[u8],
+    unknown: &mut Option<String>,
+) -> Result<T, serde_json::Error> {
+    let mut deserializer = serde_json::Deserializer::from_slice(json);
+    let parsed = serde_ignored::deserialize(&mut deserializer, |path| {
+        // An optional field shows as a step of its own, written as a question mark.
+        unknown.get_or_insert_with(|| path.to_string().replace(".?", ""));
+    })?;
+    deserializer.end()?;
+    Ok(parsed)
+}
+
+/// Flags of a scheduler as the specification names them, and as the library that reads them does.
+const RENAMED: [(&str, &str); 2] = [
+    ("SCHED_FLAG_RESET_ON_FORK", "SCHED_RESET_ON_FORK"),
+    ("SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_D_L_OVERRUN"),
+];
+
+/// A document, which is a container's or a process's, with these flags in the library's words; none if it has none of them.
+fn renamed(json: &[u8]) -> Option<Vec<u8>> {
+    let mut document: serde_json::Value = serde_json::from_slice(json).ok()?;
+    let pointers = ["/process/scheduler/flags", "/scheduler/flags"];
+    let pointer = pointers
+        .into_iter()
+        .find(|pointer| document.pointer(pointer).is_some())?;
+    let mut found = false;
+    for flag in document.pointer_mut(pointer)?.as_array_mut()? {
+        if let Some((_, name)) = RENAMED.iter().find(|(name, _)| flag == name) {
+            *flag = (*name).into();
+            found = true;
+        }
+    }
+    found.then(|| serde_json::to_vec(&document).ok())?
 }
 
 /// The error for a field that asks for what this runtime does not do.
@@ -64,9 +99,15 @@ fn refuse(field: &str, present: bool) -> Result<(), Error> {
 
 /// Refuses what cannot be carried out.
 ///
-/// These fields belong to the host and pass unread: `ociVersion`, `root.path`, `annotations`, `linux.cgroupsPath`, and of `hooks`
+/// These fields belong to the host and pass unread: `root.path`, `annotations`, `linux.cgroupsPath`, and of `hooks`
 /// those that run in the host's namespaces, which is every kind but `createContainer` and `startContainer`.
 fn check_spec(spec: &Spec) -> Result<(), Error> {
+    if spec.version().split('.').next() != Some("1") {
+        return Err(Error::InvalidArgument(format!(
+            "ociVersion is {:?}: expected a version 1",
+            spec.version()
+        )));
+    }
     refuse("solaris", spec.solaris().is_some())?;
     refuse("windows", spec.windows().is_some())?;
     refuse("vm", spec.vm().is_some())?;
@@ -185,6 +226,19 @@ mod tests {
     fn an_unknown_field_is_named() {
         let json = r#"{"ociVersion":"1.0.2","process":{"user":{},"cwd":"/","shiny":1},"linux":{}}"#;
         assert!(error(json).contains("process.shiny"), "{}", error(json));
+    }
+
+    #[test]
+    fn schedulers_flags_have_the_names_of_the_specification() {
+        let flags = [
+            "SCHED_FLAG_RESET_ON_FORK",
+            "SCHED_FLAG_DL_OVERRUN",
+            "SCHED_FLAG_RECLAIM",
+        ];
+        let json = serde_json::json!({"user": {}, "cwd": "/", "args": ["x"], "scheduler": {"policy": "SCHED_OTHER", "flags": flags}});
+        let process = parse_process(json.to_string().as_bytes()).unwrap();
+        let program = program::Program::new(&process, false, None).unwrap();
+        assert_eq!(program.scheduler.unwrap().flags, 0x01 | 0x04 | 0x02);
     }
 
     #[test]

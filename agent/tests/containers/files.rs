@@ -15,8 +15,8 @@ fn overlay(options: &[&str]) -> Mount {
     }
 }
 
-/// Whether the kernel takes the layers of an overlay one by one, as the guest's does.
-fn kernel_has_layers() -> bool {
+/// Whether the kernel takes the layers of an overlay one by one, and maps the identities of a tmpfs, as the guest's does.
+fn kernel_is_new() -> bool {
     let release = rustix::system::uname()
         .release()
         .to_string_lossy()
@@ -28,7 +28,7 @@ fn kernel_has_layers() -> bool {
 }
 
 pub async fn layers_are_joined_and_written_above(guest: &Guest) {
-    if !kernel_has_layers() {
+    if !kernel_is_new() {
         return;
     }
     let base = guest.root();
@@ -180,6 +180,9 @@ fn mapping(outside: u32) -> serde_json::Value {
 }
 
 pub async fn identities_of_mounts_are_mapped(guest: &Guest) {
+    if !kernel_is_new() {
+        return;
+    }
     let outside = guest.directory.join(format!("mapped-{}", guest.number()));
     std::fs::create_dir(&outside).unwrap();
     std::fs::write(outside.join("file"), "").unwrap();
@@ -204,7 +207,7 @@ pub async fn identities_of_mounts_are_mapped(guest: &Guest) {
 }
 
 pub async fn identities_of_layers_are_mapped(guest: &Guest) {
-    if !kernel_has_layers() {
+    if !kernel_is_new() {
         return;
     }
     let base = guest.root();
