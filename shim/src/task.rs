@@ -204,14 +204,19 @@ impl Tasks {
         })
     }
 
-    /// Who serves a task.
-    fn connect(&self, id: &str) -> ConnectResponse {
-        ConnectResponse {
+    /// Who serves a task. A containerd that has come back asks this for each task that it finds on the disk; one that was not made
+    /// before the last containerd died, nobody waits for any more, and the error has this one call `delete`.
+    fn connect(&self, id: &str) -> Result<ConnectResponse, Error> {
+        let task_pid = match id {
+            "" => 0,
+            id => self.with(id, |container| Ok(container.pid))?,
+        };
+        Ok(ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: self.with(id, |container| Ok(container.pid)).unwrap_or(0),
+            task_pid,
             version: env!("CARGO_PKG_VERSION").into(),
             ..Default::default()
-        }
+        })
     }
 
     /// The machine has ended, and every process in it.

@@ -138,7 +138,7 @@ impl Task for Handlers {
     }
 
     async fn connect(&self, _: &TtrpcContext, request: ConnectRequest) -> Result<ConnectResponse> {
-        Ok(self.0.connect(&request.id))
+        Ok(self.0.connect(&request.id)?)
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Result<Empty> {

@@ -15,8 +15,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::{
-    CheckpointTaskRequest, CloseIORequest, PauseRequest, PidsRequest, ResizePtyRequest,
-    ResumeRequest, StatsRequest, Status, UpdateTaskRequest,
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, PauseRequest, PidsRequest,
+    ResizePtyRequest, ResumeRequest, StatsRequest, Status, UpdateTaskRequest,
 };
 use nix::sys::signal::Signal;
 use protobuf::Message;
@@ -493,7 +493,7 @@ async fn nothing_waits_for_a_machine_that_boots() {
     let bundle = host.bundle("c1", &["wait"], json!({}));
     let shim = host.shim(&bundle).await;
     let request = host.create_request(&bundle);
-    let (pid, _) = shim.pids("c1").await;
+    let (pid, _) = shim.pids("").await;
     let create = tokio::spawn({
         let shim = shim.clone();
         async move { shim.task.create(context(), &request).await }
@@ -511,7 +511,13 @@ async fn nothing_waits_for_a_machine_that_boots() {
         .shutdown(context(), &Default::default())
         .await
         .unwrap();
-    shim.pids("c1").await;
+    // For a containerd that has come back meanwhile, and has forgotten it, this is nothing to keep.
+    let connect = ConnectRequest {
+        id: "c1".into(),
+        ..Default::default()
+    };
+    let error = shim.task.connect(context(), &connect).await.unwrap_err();
+    assert_eq!(code(&error), Code::NOT_FOUND);
     kill(pid, Signal::SIGTERM);
     gone(pid).await;
     assert!(create.await.unwrap().is_err());
