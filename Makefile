@@ -11,7 +11,9 @@
 
 cargo := tests/cargo
 node := $(cargo) run --quiet --locked --package bulkhead-tests --bin node --
-export ON RUN SHARE
+export ON SHARE
+# As it was typed: a $ in it is the shell's.
+override export RUN := $(value RUN)
 
 .PHONY: demo node test lint unit e2e bench format
 

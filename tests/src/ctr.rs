@@ -1,7 +1,9 @@
 //! Containers through `ctr`, containerd's own command line, which adds nothing of its own between a test and the shim.
 
 use std::ffi::OsString;
+use std::fs;
 use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -15,12 +17,19 @@ use crate::error::{Context, Error, Result};
 use crate::leftovers::Snapshot;
 use crate::process;
 use crate::site::{self, Site};
+use crate::step;
 
 /// How long one call of ctr may take, on an emulated node with other work to do.
-const CALL_LIMIT: Duration = Duration::from_secs(600);
+const CALL_LIMIT: Duration = Duration::from_secs(300);
 
 /// How long it may take until nothing is left of what has ended.
-const SETTLE_LIMIT: Duration = Duration::from_secs(60);
+const SETTLE_LIMIT: Duration = Duration::from_secs(30);
+
+/// How much of containerd's log a failed test shows: what the shims say is in it, too.
+const LOG_LINES: usize = 40;
+
+/// Where ctr makes the FIFOs of containers' standard streams, in directories of their own.
+const FIFOS: &str = "/run/containerd/fifo";
 
 /// Who runs containers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,16 +101,34 @@ impl World {
             site: &self.site,
             arguments: arguments.iter().map(OsString::from).collect(),
             input: Vec::new(),
+            begun: None,
         }
+    }
+
+    /// Writes a configuration of Bulkhead's with `changes` to `directory`, and returns the options by which a container uses
+    /// it.
+    pub fn configure(&self, directory: &Path, changes: &[(&str, &str)]) -> Result<[OsString; 2]> {
+        let path = directory.join("bulkhead.toml");
+        fs::write(&path, self.site.configuration(changes))
+            .or_cannot(format!("write {}", path.display()))?;
+        Ok(["--runtime-config-path".into(), path.into()])
+    }
+
+    /// Waits until nothing is left behind.
+    pub fn settle(&self) -> Result<()> {
+        self.before.settle(&self.site, SETTLE_LIMIT)
     }
 
     /// Checks that nothing is left behind. Every test ends with this.
     pub fn finish(self) -> Result<()> {
-        self.before.settle(&self.site, SETTLE_LIMIT)
+        self.settle()
     }
 
     /// Removes every task and every container.
     fn clear(&self) -> Result<()> {
+        if self.site.containerd().is_err() {
+            self.site.start()?;
+        }
         let list = |kind| -> Result<Vec<String>> {
             let text = self.ctr(&[kind, "list", "--quiet"]).output()?.success()?;
             Ok(text.lines().map(str::to_owned).collect())
@@ -112,7 +139,7 @@ impl World {
         for container in list("container")? {
             self.ctr(&["container", "delete", &container]).output()?;
         }
-        self.before.settle(&self.site, SETTLE_LIMIT)
+        self.settle()
     }
 }
 
@@ -120,6 +147,8 @@ impl Drop for World {
     fn drop(&mut self) {
         // A test that fails in the middle must not spoil those after it.
         if thread::panicking() {
+            let log = step::tail(&self.site.log(), LOG_LINES);
+            eprintln!("containerd's last lines:\n{log}");
             if let Err(error) = self.clear() {
                 eprintln!("clearing up after the failed test: {error}");
             }
@@ -137,6 +166,11 @@ pub struct Container<'a> {
 }
 
 impl<'a> Container<'a> {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Adds options of `ctr run`.
     pub fn options(mut self, options: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
         self.options.extend(options.into_iter().map(Into::into));
@@ -164,6 +198,7 @@ impl<'a> Container<'a> {
             site: &self.world.site,
             arguments,
             input: Vec::new(),
+            begun: None,
         }
     }
 }
@@ -188,6 +223,21 @@ impl<'a> Running<'a> {
         let mut arguments = vec!["task", "exec", "--exec-id", &id, &self.name];
         arguments.extend(command);
         self.world.ctr(&arguments)
+    }
+
+    /// Writes to its standard input, without containerd's help.
+    pub fn write(&self, text: &str) -> Result<()> {
+        let path = self.fifos()?.join(format!("{}-stdin", self.name));
+        fs::write(&path, text).or_cannot(format!("write to {}", path.display()))
+    }
+
+    /// The directory with the FIFOs of its standard streams.
+    fn fifos(&self) -> Result<PathBuf> {
+        let listing = fs::read_dir(FIFOS).or_cannot(format!("read {FIFOS}"))?;
+        let stdin = format!("{}-stdin", self.name);
+        let mut directories = listing.flatten().map(|entry| entry.path());
+        let found = directories.find(|directory| directory.join(&stdin).exists());
+        found.ok_or_else(|| Error::Unfit(format!("no {stdin} below {FIFOS}")))
     }
 
     /// What containerd says of its task: `RUNNING`, `STOPPED` and so on.
@@ -238,6 +288,16 @@ impl<'a> Running<'a> {
         call.output()?.success().map(drop)
     }
 
+    /// Waits until containerd has cleaned up after its dead shim, and removes what is left then: the FIFOs, which ctr removes only
+    /// with a task, and the container.
+    pub fn forget(self) -> Result<()> {
+        let fifos = self.fifos()?;
+        fs::remove_dir_all(&fifos).or_cannot(format!("remove {}", fifos.display()))?;
+        self.world.settle()?;
+        let call = self.world.ctr(&["container", "delete", &self.name]);
+        call.output()?.success().map(drop)
+    }
+
     /// Removes it, whatever it does.
     pub fn delete(self) -> Result<()> {
         let task = self
@@ -256,12 +316,19 @@ pub struct Call<'a> {
     site: &'a Site,
     arguments: Vec<OsString>,
     input: Vec<u8>,
+    begun: Option<Sender<()>>,
 }
 
 impl Call<'_> {
     /// What it gets on its standard input.
     pub fn input(mut self, input: impl Into<Vec<u8>>) -> Self {
         self.input = input.into();
+        self
+    }
+
+    /// Has `begun` disconnected when the first output comes, or the end.
+    pub fn told_of(mut self, begun: Sender<()>) -> Self {
+        self.begun = Some(begun);
         self
     }
 
@@ -280,9 +347,9 @@ impl Call<'_> {
         let stdin = child.stdin.take();
         thread::spawn(move || feed(stdin, &self.input, &answer));
         let stdout = child.stdout.take();
-        let stdout = thread::spawn(move || collect(stdout, Some(answered)));
+        let stdout = thread::spawn(move || collect(stdout, (Some(answered), self.begun)));
         let stderr = child.stderr.take();
-        let stderr = thread::spawn(move || collect(stderr, None));
+        let stderr = thread::spawn(move || collect(stderr, ()));
         let (ended, end) = channel();
         thread::spawn(move || ended.send(child.wait()));
         let words: Vec<_> = self
@@ -327,8 +394,8 @@ fn feed(stdin: Option<impl Write>, input: &[u8], answer: &Receiver<()>) {
     }
 }
 
-/// Reads a stream to its end, and tells when it has begun or ended.
-fn collect(stream: Option<impl Read>, begun: Option<Sender<()>>) -> io::Result<Vec<u8>> {
+/// Reads a stream to its end, and drops `begun` at its beginning.
+fn collect<T>(stream: Option<impl Read>, begun: T) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     if let Some(mut stream) = stream {
         let mut first = [0; 4096];

@@ -75,7 +75,7 @@ impl Snapshot {
         let mut directories: Vec<PathBuf> = DIRECTORIES.iter().map(PathBuf::from).collect();
         directories.extend(["state", "scratch"].map(|name| site.directory.join(name)));
         let mut things = BTreeSet::new();
-        processes(&mut things)?;
+        processes(site, &mut things)?;
         mounts(&mut things)?;
         for entry in entries(Path::new("/sys/block"))? {
             if entry.join("loop").exists() {
@@ -167,7 +167,9 @@ impl Watch {
     }
 }
 
-fn processes(things: &mut BTreeSet<Thing>) -> Result<()> {
+fn processes(site: &Site, things: &mut BTreeSet<Thing>) -> Result<()> {
+    // A test may have started it again.
+    let containerd = site.containerd()?.as_raw_pid();
     for entry in entries(Path::new("/proc"))? {
         let pid = entry
             .file_name()
@@ -178,7 +180,7 @@ fn processes(things: &mut BTreeSet<Thing>) -> Result<()> {
             continue;
         };
         let command = String::from_utf8_lossy(&line).replace('\0', " ");
-        if !command.is_empty() {
+        if !command.is_empty() && pid != containerd {
             things.insert(Thing::Process { pid, command });
         }
     }

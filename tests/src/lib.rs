@@ -10,6 +10,7 @@ pub mod images;
 pub mod layer;
 pub mod leftovers;
 pub mod node;
+pub mod occasion;
 pub mod oci;
 pub mod payload;
 pub mod place;

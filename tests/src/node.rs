@@ -123,7 +123,7 @@ impl Run<'_> {
             machine.port("stdin")?
         };
         let mut qemu = machine.start()?;
-        let code = self.command(&mut control, &input);
+        let code = self.command(&mut qemu, &mut control, &input);
         // What the node has written by now lies in our sockets: the copying ends when it has been read.
         let stopped = qemu.kill().and_then(|()| qemu.wait());
         for output in outputs {
@@ -134,8 +134,13 @@ impl Run<'_> {
     }
 
     /// Feeds the command, from its start to its end.
-    fn command(&self, control: &mut impl BufRead, input: &UnixStream) -> Result<u8> {
-        let line = self.line(control)?;
+    fn command(
+        &self,
+        qemu: &mut Child,
+        control: &mut impl BufRead,
+        input: &UnixStream,
+    ) -> Result<u8> {
+        let line = self.line(qemu, control)?;
         if line != "ready" {
             return Err(self.broken(format!("it said {line:?} instead of being ready")));
         }
@@ -150,7 +155,7 @@ impl Run<'_> {
             copy(stdin(), &mut input);
             let _ = input.shutdown(Shutdown::Write);
         });
-        let line = self.line(control)?;
+        let line = self.line(qemu, control)?;
         let code = line
             .strip_prefix("exit ")
             .and_then(|code| code.parse().ok());
@@ -158,10 +163,13 @@ impl Run<'_> {
     }
 
     /// The next thing that the node says.
-    fn line(&self, control: &mut impl BufRead) -> Result<String> {
+    fn line(&self, qemu: &mut Child, control: &mut impl BufRead) -> Result<String> {
         let mut line = String::new();
         let cause = match control.read_line(&mut line) {
-            Ok(0) => "QEMU ended".to_owned(),
+            Ok(0) => match qemu.wait() {
+                Ok(status) => format!("QEMU ended with {status}"),
+                Err(error) => format!("QEMU is lost: {error}"),
+            },
             Ok(_) => return Ok(line.trim_end().to_owned()),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 let seconds = self.limit.unwrap_or_default().as_secs();

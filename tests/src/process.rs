@@ -1,5 +1,6 @@
 //! Other processes: their output, their end.
 
+use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::error::{Context, Error, Result};
 
-/// How long a killed process may take to be gone.
+/// How long a process may take to end.
 const END_LIMIT: Duration = Duration::from_secs(60);
 
 /// Runs `command` and returns its standard output; an error holds its standard error.
@@ -31,16 +32,47 @@ pub fn output(command: &mut Command) -> Result<String> {
     )))
 }
 
+/// The processes whose program has the file name `program`.
+pub fn named(program: &str) -> Result<Vec<Pid>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").or_cannot("read /proc")? {
+        let path = entry.or_cannot("read /proc")?.path();
+        let pid = path
+            .file_name()
+            .and_then(|name| name.to_str()?.parse().ok());
+        // What has ended by now, or has no program, has no link.
+        let (Some(pid), Ok(file)) = (pid.and_then(Pid::from_raw), fs::read_link(path.join("exe")))
+        else {
+            continue;
+        };
+        if file.file_name().is_some_and(|name| name == program) {
+            found.push(pid);
+        }
+    }
+    Ok(found)
+}
+
 /// Sends `signal`, which must end the process, and returns when it has ended.
 pub fn kill(pid: Pid, signal: Signal) -> Result<()> {
+    end(pid, Some(signal))
+}
+
+/// Returns when the process has ended.
+pub fn wait(pid: Pid) -> Result<()> {
+    end(pid, None)
+}
+
+fn end(pid: Pid, signal: Option<Signal>) -> Result<()> {
     let name = pid.as_raw_pid();
     let process = match pidfd_open(pid, PidfdFlags::empty()) {
         Err(Errno::SRCH) => return Ok(()),
         other => other.or_cannot(format!("find process {name}"))?,
     };
-    match pidfd_send_signal(&process, signal) {
-        Err(Errno::SRCH) => return Ok(()),
-        other => other.or_cannot(format!("send a signal to process {name}"))?,
+    if let Some(signal) = signal {
+        match pidfd_send_signal(&process, signal) {
+            Err(Errno::SRCH) => return Ok(()),
+            other => other.or_cannot(format!("send a signal to process {name}"))?,
+        }
     }
     let limit = Timespec::try_from(END_LIMIT)
         .map_err(|_| Error::Unfit("a time limit that no clock can tell".into()))?;
@@ -49,8 +81,7 @@ pub fn kill(pid: Pid, signal: Signal) -> Result<()> {
     if ended == 0 {
         let seconds = END_LIMIT.as_secs();
         return Err(Error::Unfit(format!(
-            "process {name} still runs {seconds} s after signal {}",
-            signal.as_raw()
+            "process {name} still runs after {seconds} s"
         )));
     }
     Ok(())

@@ -11,6 +11,7 @@
 //!
 //! Bulkhead's configuration is where it is expected: the host has a directory there that only this site sees.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
@@ -133,21 +134,32 @@ disabled_plugins = [
 address = "{directory}/containerd.sock"
 "#
         );
-        let bulkhead = format!(
-            r#"vmm = "{payload}/bin/bulkhead-vmm"
-kernel = "{payload}/lib/vmlinux"
-image = "{payload}/lib/rootfs.erofs"
-cache_dir = "{directory}/layers"
-scratch_dir = "{directory}/scratch"
-"#,
-            payload = self.payload.display(),
-        );
         write(&self.directory.join("containerd.toml"), &containerd)?;
         create(Path::new(CONFIGURATION_DIRECTORY))?;
+        let bulkhead = self.configuration(&[]);
         write(
             &Path::new(CONFIGURATION_DIRECTORY).join("config.toml"),
             &bulkhead,
         )
+    }
+
+    /// The text of Bulkhead's configuration for this site, but for `changes`: keys, and values as TOML has them.
+    pub fn configuration(&self, changes: &[(&str, &str)]) -> String {
+        let file = |directory: &Path, name| format!("{:?}", directory.join(name));
+        let mut settings = BTreeMap::from([
+            ("vmm", file(&self.payload, "bin/bulkhead-vmm")),
+            ("kernel", file(&self.payload, "lib/vmlinux")),
+            ("image", file(&self.payload, "lib/rootfs.erofs")),
+            ("cache_dir", file(&self.directory, "layers")),
+            ("scratch_dir", file(&self.directory, "scratch")),
+        ]);
+        for (key, value) in changes {
+            settings.insert(key, (*value).to_owned());
+        }
+        let lines = settings
+            .iter()
+            .map(|(key, value)| format!("{key} = {value}\n"));
+        lines.collect()
     }
 
     /// Starts containerd and returns when it serves.
@@ -175,8 +187,7 @@ scratch_dir = "{directory}/scratch"
             .process_group(0)
             .spawn()
             .or_cannot("start containerd")?;
-        let pid = self.directory.join("containerd.pid");
-        write(&pid, &child.id().to_string())?;
+        write(&self.pid_file(), &child.id().to_string())?;
 
         let (ended, events) = channel();
         let ready = ended.clone();
@@ -206,13 +217,23 @@ scratch_dir = "{directory}/scratch"
 
     /// Ends containerd by `signal` and returns when it is gone. Containers go on.
     pub fn stop(&self, signal: Signal) -> Result<()> {
-        let path = self.directory.join("containerd.pid");
-        let text = fs::read_to_string(&path).or_cannot(format!("read {}", path.display()))?;
-        let pid = text.parse().ok().and_then(Pid::from_raw).ok_or_else(|| {
-            Error::Unfit(format!("{} holds {text:?}, no process", path.display()))
-        })?;
-        process::kill(pid, signal)?;
+        process::kill(self.containerd()?, signal)?;
+        let path = self.pid_file();
         fs::remove_file(&path).or_cannot(format!("remove {}", path.display()))
+    }
+
+    /// The process of the containerd that runs.
+    pub fn containerd(&self) -> Result<Pid> {
+        let path = self.pid_file();
+        let text = fs::read_to_string(&path).or_cannot(format!("read {}", path.display()))?;
+        text.parse()
+            .ok()
+            .and_then(Pid::from_raw)
+            .ok_or_else(|| Error::Unfit(format!("{} holds {text:?}, no process", path.display())))
+    }
+
+    fn pid_file(&self) -> PathBuf {
+        self.directory.join("containerd.pid")
     }
 
     /// Imports the test image `name` into the current namespace, as `localhost/NAME:latest`.

@@ -7,6 +7,9 @@
 
 mod confinement;
 mod exec;
+mod failures;
 mod files;
+mod kernels;
+mod recovery;
 mod run;
 mod streams;

@@ -113,7 +113,7 @@ fn a_killed_container_is_gone() {
         let running = container.start(&[
             "sh",
             "-c",
-            "trap 'exit 138' USR1; while :; do sleep 1000 & wait; done",
+            "trap 'exit 138' USR1; while :; do tail -f /dev/null & wait; done",
         ]);
         let running = running.unwrap();
         assert_eq!(running.status().unwrap(), "RUNNING");
