@@ -4,6 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bulkhead_agent::protocol::AGENT_PORT;
 use bulkhead_vmm::control::{self, Channel, Dropped, Event, Nic, Request, Sources, StopReason};
@@ -27,6 +28,9 @@ const LAST_EVENTS: usize = 1024;
 
 /// Bytes of the console that are read at once.
 const CONSOLE_CHUNK: usize = 4096;
+
+/// How long a VMM may take to end after it has closed the control socket, which a process that is killed does on its way out.
+const END_PATIENCE: Duration = Duration::from_secs(2);
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
@@ -219,7 +223,8 @@ impl Worker {
                 read = pipe.read(&mut chunk), if console_open => Wake::Console(read),
             };
             match wake {
-                Wake::Ended | Wake::Received(Err(control::Error::Closed)) => return None,
+                Wake::Ended => return None,
+                Wake::Received(Err(control::Error::Closed)) => return self.closed(stop).await,
                 Wake::Received(Err(error)) => return Some(Reason::Violation(error.to_string())),
                 Wake::Received(Ok((event, descriptors))) => {
                     if let Err(reason) = self.handle(event, descriptors) {
@@ -237,6 +242,20 @@ impl Worker {
                 Wake::Console(Ok(0) | Err(_)) => console_open = false,
             }
         }
+    }
+
+    /// The control socket was closed: waits for the VMM to end by itself, for only then does its exit code say why it did.
+    async fn closed(&self, stop: &Notify) -> Option<Reason> {
+        let ended = async {
+            tokio::select! {
+                _ = self.vmm.readable() => None,
+                () = stop.notified() => Some(Reason::Requested),
+            }
+        };
+        let how = "it closed the control socket and did not end".to_owned();
+        tokio::time::timeout(END_PATIENCE, ended)
+            .await
+            .unwrap_or(Some(Reason::Violation(how)))
     }
 
     /// Turns a command into a datagram.
