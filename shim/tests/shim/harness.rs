@@ -20,6 +20,8 @@ use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim_protos::shim_async::{Events, TaskClient, create_events};
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::net::UnixStream;
@@ -261,39 +263,77 @@ impl Host {
     /// What is left of a shim: its socket, its scratch disk, its control groups, a process that mentions this host.
     pub fn remains(&self) -> Vec<String> {
         let mut remains = Vec::new();
-        let cgroups = Path::new("/sys/fs/cgroup");
-        let hierarchies = fs::read_dir(cgroups).unwrap();
-        let mut directories: Vec<_> = hierarchies.map(|entry| entry.unwrap().path()).collect();
-        directories.push(cgroups.to_owned());
-        for directory in &mut directories {
-            directory.push(format!("bulkhead-test-{}", std::process::id()));
-        }
-        directories.extend([self.path("s"), self.path("scratch_dir")]);
-        for directory in directories {
-            let in_cgroup = directory.starts_with(cgroups);
-            for entry in fs::read_dir(&directory).into_iter().flatten() {
+        let cgroups = self.cgroups();
+        for directory in cgroups
+            .iter()
+            .chain([&self.path("s"), &self.path("scratch_dir")])
+        {
+            for entry in fs::read_dir(directory).into_iter().flatten() {
                 let path = entry.unwrap().path();
-                if path.is_dir() || !in_cgroup {
+                if path.is_dir() || !cgroups.contains(directory) {
                     remains.push(path.display().to_string());
                 }
             }
         }
+        remains.extend(self.processes().into_iter().map(|(_, line)| line));
+        remains
+    }
+
+    /// The control group, in each hierarchy, in which are those of this program's containers.
+    fn cgroups(&self) -> Vec<PathBuf> {
+        let root = Path::new("/sys/fs/cgroup");
+        let hierarchies = fs::read_dir(root).unwrap();
+        let mut directories: Vec<_> = hierarchies.map(|entry| entry.unwrap().path()).collect();
+        directories.push(root.to_owned());
+        for directory in &mut directories {
+            directory.push(format!("bulkhead-test-{}", std::process::id()));
+        }
+        directories
+    }
+
+    /// The processes that mention this host, with their command lines.
+    fn processes(&self) -> Vec<(i32, String)> {
+        let mut processes = Vec::new();
         for entry in fs::read_dir("/proc").unwrap() {
             let path = entry.unwrap().path();
-            let is_process = path
-                .file_name()
-                .unwrap()
-                .to_str()
-                .unwrap()
-                .parse::<u32>()
-                .is_ok();
+            let name = path.file_name().unwrap().to_str().unwrap();
             let line = fs::read(path.join("cmdline")).unwrap_or_default();
             let line = String::from_utf8_lossy(&line).replace('\0', " ");
-            if is_process && line.contains(self.dir.path().to_str().unwrap()) {
-                remains.push(line);
+            if let Ok(pid) = name.parse() {
+                if line.contains(self.dir.path().to_str().unwrap()) {
+                    processes.push((pid, line));
+                }
             }
         }
-        remains
+        processes
+    }
+}
+
+/// A test leaves no shim behind, however it ends.
+impl Drop for Host {
+    fn drop(&mut self) {
+        let mut pids: Vec<i32> = self.processes().into_iter().map(|(pid, _)| pid).collect();
+        for directory in self.cgroups() {
+            for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+                let list = fs::read_to_string(entry.path().join("cgroup.procs"));
+                let list = list.unwrap_or_default();
+                pids.extend(list.lines().filter_map(|pid| pid.parse::<i32>().ok()));
+            }
+        }
+        // Each may have ended meanwhile, by itself or with another.
+        for pid in pids.into_iter().filter_map(Pid::from_raw) {
+            if let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) {
+                let _ = pidfd_send_signal(&process, Signal::KILL);
+                let _ = poll(&mut [PollFd::new(&process, PollFlags::IN)], None);
+            }
+        }
+        for directory in self.cgroups() {
+            for entry in fs::read_dir(&directory).into_iter().flatten().flatten() {
+                // It fails for the files in it, which go with it.
+                let _ = fs::remove_dir(entry.path());
+            }
+            let _ = fs::remove_dir(directory);
+        }
     }
 }
 
