@@ -7,6 +7,8 @@
 #   TEST=name                only the tests whose names contain it
 # make bench                 counts what a start costs, on the emulated node, and fails if a budget (tests/budgets.toml) is broken
 #   ROW=name                 only this row
+# make install               the runtime, for a containerd of yours
+#   DESTDIR=directory        below which the files go, for packages
 # make format                lays out the sources
 
 cargo := tests/cargo
@@ -15,7 +17,7 @@ export ON SHARE
 # As it was typed: a $ in it is the shell's.
 override export RUN := $(value RUN)
 
-.PHONY: demo node test lint unit e2e bench format
+.PHONY: demo node test lint unit e2e bench install format
 
 demo:
 	@$(node) demo $${ON:+--on "$$ON"}
@@ -44,6 +46,12 @@ bench:
 	COUNTING=1 ON= CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='$(CURDIR)/tests/on-node' \
 	  $(cargo) test --quiet --locked --package bulkhead-tests --test bench -- $(ROW); \
 	code=$$?; echo "Took $$(($$(date +%s) - start)) s."; exit $$code
+
+install:
+	@stage=$$(mktemp -d) && trap 'rm -r "$$stage"' EXIT && $(node) stage "$$stage" && set -x && \
+	install -D -t '$(DESTDIR)/usr/local/bin' "$$stage/bin/bulkhead" "$$stage/bin/containerd-shim-bulkhead-v2" && \
+	install -D -t '$(DESTDIR)/usr/lib/bulkhead' "$$stage/bin/bulkhead-vmm" && \
+	install -D -m 644 -t '$(DESTDIR)/usr/lib/bulkhead' "$$stage"/lib/*
 
 format:
 	$(cargo) fmt --all

@@ -2,7 +2,7 @@
 
 pub mod devices;
 pub mod limits;
-pub mod stats;
+mod stats;
 
 use std::fs;
 use std::io;

@@ -79,17 +79,9 @@ impl Tasks {
                         )
                     }
                 };
-                let resources = spec.resources()?;
-                let pinned = self
-                    .affinity
-                    .set(&request.id, machine.pid(), resources.as_ref());
-                let created = match pinned {
-                    Ok(()) => {
-                        self.create_in_guest(&request, for_guest, ends, files.at(&slots))
-                            .await
-                    }
-                    Err(error) => Err(error.into()),
-                };
+                let created = self
+                    .create_in_guest(&request, for_guest, ends, files.at(&slots))
+                    .await;
                 match created {
                     Ok(streams) => (machine.pid(), Some(streams), slots),
                     Err(error) => {
@@ -251,7 +243,6 @@ impl Tasks {
         let (streams, names) = self.sandbox.copy(ends).await?;
         let request = CreateTaskRequest {
             id: request.id.clone(),
-            bundle: request.bundle.clone(),
             rootfs,
             terminal: request.terminal,
             stdin: names.stdin,

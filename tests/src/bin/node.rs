@@ -70,6 +70,8 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Builds Bulkhead and copies its files to `bin/` and `lib/` below a directory.
+    Stage { directory: PathBuf },
     /// What `demo` does in its site, on a host that is called `host`.
     #[command(hide = true)]
     ShowContainer { host: String },
@@ -138,6 +140,10 @@ fn run(verb: Verb) -> Result<u8> {
                 limit: None,
             };
             job.run(place)
+        }
+        Verb::Stage { directory } => {
+            Build::new()?.stage(&directory)?;
+            Ok(0)
         }
         Verb::ShowContainer { host } => {
             demo::run(&Site::current()?, &host)?;

@@ -30,9 +30,12 @@ fn assert_same(script: &str, least_lines: usize) {
 const WITHOUT_MOUNTS: &str = "cd /; set -- !(dev|proc|sys|run|etc); ";
 
 #[test]
-#[ignore = "fails: the listings differ"]
 fn listings_are_those_of_runc() {
-    let list = format!("{WITHOUT_MOUNTS} LC_ALL=C ls -lnR --full-time \"$@\"");
+    // How much room directories and files take up is no matter of the image, but of the file system under it.
+    let list = format!(
+        "{WITHOUT_MOUNTS} LC_ALL=C ls -lnR --full-time \"$@\" | \
+         sed -E '/^total /d; s/^(d\\S+ +\\S+ +\\S+ +\\S+) +\\S+/\\1/; s/ +/ /g'"
+    );
     assert_same(&list, 2000);
 }
 
@@ -80,7 +83,6 @@ fn what_is_written_stays_in_the_container() {
 }
 
 #[test]
-#[ignore = "not yet seen to pass on the emulated node"]
 fn two_gigabytes_are_read_back_as_written() {
     let world = World::new().unwrap();
     let container = world.container(Runtime::Bulkhead, "busybox").unwrap();

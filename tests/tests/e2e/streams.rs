@@ -24,7 +24,6 @@ fn much_goes_in_and_comes_out_intact() {
 }
 
 #[test]
-#[ignore = "does not end"]
 fn streams_are_kept_apart_and_end() {
     let world = World::new().unwrap();
     let container = world.container(Runtime::Bulkhead, "busybox").unwrap();
