@@ -10,8 +10,8 @@
 //!
 //! The Task requests pass through as containerd sent them, with these fields in the guest's terms:
 //!
-//! * `CreateTaskRequest.options` is an Any with type URL [`SPEC_TYPE_URL`] and the bundle's `config.json` as its value; `bundle` is
-//!   ignored, `checkpoint` empty.
+//! * `CreateTaskRequest.options` is an Any with type URL [`SPEC_TYPE_URL`] and the bundle's `config.json` as its value; `bundle`, the
+//!   host's directory, goes into the state that hooks are told; `checkpoint` is empty.
 //! * `CreateTaskRequest.rootfs` is a list of mounts with sources in the guest's terms, as [`disk_source`] writes them:
 //!   file systems of type `erofs`, `ext4` or `xfs` on disks, and, if there is one of type `overlay`, it is the last: all mounts
 //!   before it are its lower layers, the topmost first, and its upper directory is made on the scratch disk (unless its options contain
@@ -22,7 +22,8 @@
 //!
 //! Fields of the specification that only the host can carry out are not read by the agent, and are the shim's: `root.path`,
 //! `annotations`, `linux.cgroupsPath`, every kind of hook but `createContainer` and `startContainer` (whose programs are the container's), and the paths of namespaces (a network, IPC, UTS, PID or
-//! cgroup namespace with a path, or without an entry, is the guest's own). `process.apparmorProfile`, `process.selinuxLabel`, `linux.mountLabel` and
+//! cgroup namespace with a path, or without an entry, is the guest's own). `process.apparmorProfile`, `process.selinuxLabel`, `linux.mountLabel`,
+//! `linux.resources.cpu.cpus` and `mems` and
 //! whatever else the agent does not do it refuses: the shim removes what the host can answer for. Sources of bind mounts are paths
 //! of the guest.
 //!

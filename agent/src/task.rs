@@ -19,7 +19,7 @@ use protobuf::{EnumOrUnknown, Message, MessageField};
 use ttrpc::r#async::TtrpcContext;
 
 use crate::agent::Agent;
-use crate::cgroup::devices;
+use crate::cgroup::{devices, stats};
 use crate::container::Freezer;
 use crate::error::{Context, Error};
 use crate::oci::program::{Program, window};
@@ -352,7 +352,9 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        let metrics = self.agent.container(&request.id)?.cgroup.statistics()?;
+        let container = self.agent.container(&request.id)?;
+        let mut metrics = container.cgroup.statistics()?;
+        metrics.network = stats::network(container.init.pid())?;
         let mut response = StatsResponse::new();
         response.stats = MessageField::some(any("io.containerd.cgroups.v2.Metrics", &metrics)?);
         Ok(response)

@@ -8,7 +8,7 @@ use ttrpc::{Code, get_status};
 use crate::annotations::UnknownKind;
 use crate::logging::truncate;
 use crate::process::Phase;
-use crate::{cgroup, config, machine, options, rootfs, sizing, spec, streams};
+use crate::{affinity, cgroup, config, machine, options, rootfs, sizing, spec, streams};
 
 /// The longest text of an error from the guest that is passed on, in bytes.
 const MAX_GUEST_TEXT: usize = 4096;
@@ -62,6 +62,8 @@ pub enum Error {
     Config(#[from] config::Error),
     #[error(transparent)]
     Sizing(#[from] sizing::Error),
+    #[error(transparent)]
+    Affinity(#[from] affinity::Error),
     #[error(transparent)]
     Cgroup(#[from] cgroup::Error),
     #[error(transparent)]
@@ -126,6 +128,7 @@ impl Error {
                 cgroup::Error::Path { .. } => Code::INVALID_ARGUMENT,
                 cgroup::Error::Io { .. } | cgroup::Error::NotMounted => Code::INTERNAL,
             },
+            Self::Affinity(_) => Code::INVALID_ARGUMENT,
             Self::Rootfs(error) => error.code(),
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Io { .. } | Self::Stream(_) | Self::Entropy(_) => Code::INTERNAL,

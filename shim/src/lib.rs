@@ -1,5 +1,6 @@
 //! The containerd shim of Bulkhead, as a library for its two binaries.
 
+pub mod affinity;
 pub mod annotations;
 pub mod args;
 pub mod bootstrap;

@@ -50,6 +50,9 @@ const HOST_HOOKS: [&str; 4] = ["prestart", "createRuntime", "poststart", "postst
 /// Fields of a process that name objects of the host's security modules: they confine it against the host's kernel, which it never meets.
 const HOST_LABELS: [&str; 2] = ["apparmorProfile", "selinuxLabel"];
 
+/// Fields of `linux.resources.cpu` that the machine's affinity takes care of.
+const HOST_NUMBERS: [&str; 2] = ["cpus", "mems"];
+
 impl<'a> Spec<'a> {
     /// Reads the text of a `config.json`.
     pub fn parse(json: &'a [u8]) -> Result<Self, Error> {
@@ -107,6 +110,10 @@ impl<'a> Spec<'a> {
         let namespaces = to_text("namespaces", &self.guest_namespaces()?)?;
         linux.insert("namespaces".into(), namespaces);
         linux.remove("mountLabel");
+        if let Some(resources) = self.linux.get("resources") {
+            let resources = without_processors(resources.get().as_bytes())?;
+            linux.insert("resources".into(), to_text("resources", &resources)?);
+        }
         let mut fields = self.fields.clone();
         fields.insert("linux".into(), to_text("linux", &linux)?);
         if let Some(mounts) = part_borrowed::<Vec<&RawValue>>(&self.fields, "mounts")? {
@@ -138,6 +145,29 @@ impl<'a> Spec<'a> {
 /// The text of an exec's process for the guest.
 pub fn process_for_guest(json: &[u8]) -> Result<Vec<u8>, Error> {
     serde_json::to_vec(&unlabelled(json)?).map_err(json_error("process"))
+}
+
+/// The resources of an update.
+pub fn resources(json: &[u8]) -> Result<LinuxResources, Error> {
+    serde_json::from_slice(json).map_err(json_error("resources"))
+}
+
+/// The text of an update's resources for the guest.
+pub fn resources_for_guest(json: &[u8]) -> Result<Vec<u8>, Error> {
+    serde_json::to_vec(&without_processors(json)?).map_err(json_error("resources"))
+}
+
+/// Resources without the numbers of the host's processors and memory nodes, which mean nothing to the guest.
+fn without_processors(resources: &[u8]) -> Result<Object<'_>, Error> {
+    let mut resources = object("resources", resources)?;
+    if let Some(Cow::Borrowed(cpu)) = resources.get("cpu").filter(|cpu| cpu.get() != "null") {
+        let mut cpu = object("cpu", cpu.get().as_bytes())?;
+        for field in HOST_NUMBERS {
+            cpu.remove(field);
+        }
+        resources.insert("cpu".into(), to_text("cpu", &cpu)?);
+    }
+    Ok(resources)
 }
 
 fn unlabelled(process: &[u8]) -> Result<Object<'_>, Error> {
@@ -299,6 +329,22 @@ mod tests {
             })
         ));
         assert!(Spec::parse(b"[]").is_err());
+    }
+
+    #[test]
+    fn the_guest_gets_no_numbers_of_the_hosts_processors() {
+        let mut limited = config();
+        limited["linux"]["resources"] =
+            json!({"cpu": {"cpus": "4-7", "mems": "0", "quota": 5}, "pids": {"limit": 3}});
+        let expected = json!({"cpu": {"quota": 5}, "pids": {"limit": 3}});
+        assert_eq!(guest(&limited).unwrap()["linux"]["resources"], expected);
+        let text = limited["linux"]["resources"].to_string();
+        let update = resources_for_guest(text.as_bytes()).unwrap();
+        assert_eq!(serde_json::from_slice::<Value>(&update).unwrap(), expected);
+        for plain in [json!({"cpu": null}), json!({})] {
+            let update = resources_for_guest(plain.to_string().as_bytes()).unwrap();
+            assert_eq!(serde_json::from_slice::<Value>(&update).unwrap(), plain);
+        }
     }
 
     #[test]

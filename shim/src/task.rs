@@ -21,6 +21,7 @@ use tokio::sync::Notify;
 
 pub use service::services;
 
+use crate::affinity::Affinity;
 use crate::annotations::Kind;
 use crate::cgroup;
 use crate::container::Container;
@@ -39,6 +40,7 @@ pub struct Tasks {
     namespace: String,
     events: Publisher,
     sandbox: Sandbox,
+    affinity: Affinity,
     home: Mutex<Home>,
     table: Mutex<Table>,
     closed: Notify,
@@ -108,6 +110,7 @@ impl Tasks {
             namespace: namespace.to_owned(),
             events,
             sandbox: Sandbox::default(),
+            affinity: Affinity::default(),
             home: Mutex::new(Home {
                 bundle,
                 socket,
@@ -147,6 +150,7 @@ impl Tasks {
 
     /// Removes a container from the table, and with the last one what was there for them.
     fn remove(self: &Arc<Self>, id: &str) {
+        self.affinity.forget(id);
         let mut table = self.table();
         table.entries.remove(id);
         if table.entries.is_empty() && table.end_wanted {

@@ -171,6 +171,11 @@ fn memory(memory: &LinuxMemory, settings: &mut Vec<Setting>) -> Result<(), Error
 }
 
 fn cpu(cpu: &LinuxCpu, settings: &mut Vec<Setting>) -> Result<(), Error> {
+    // The host's numbers, which the host takes care of.
+    for (field, list) in [("cpu.cpus", cpu.cpus()), ("cpu.mems", cpu.mems())] {
+        let named = list.as_deref().is_some_and(|list| !list.is_empty());
+        refuse(field, named)?;
+    }
     refuse(
         "cpu.realtimeRuntime",
         cpu.realtime_runtime().is_some_and(|runtime| runtime != 0),
@@ -201,11 +206,6 @@ fn cpu(cpu: &LinuxCpu, settings: &mut Vec<Setting>) -> Result<(), Error> {
     }
     if let Some(burst) = cpu.burst() {
         settings.push(setting("cpu.max.burst", burst));
-    }
-    for (file, list) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
-        if let Some(list) = list.as_deref().filter(|list| !list.is_empty()) {
-            settings.push(setting(file, list));
-        }
     }
     Ok(())
 }
@@ -286,14 +286,13 @@ mod tests {
             &[("memory.max", "max"), ("memory.swap.max", "max")],
         );
         is(
-            r#"{"cpu":{"shares":1024,"quota":50000,"period":100000,"burst":10,"idle":0,"cpus":"0-1","mems":""}}"#,
+            r#"{"cpu":{"shares":1024,"quota":50000,"period":100000,"burst":10,"idle":0,"cpus":"","mems":""}}"#,
             &[
                 ("cpu.idle", "0"),
                 ("cpu.weight", "39"),
                 ("cpu.max.burst", "0"),
                 ("cpu.max", "50000 100000"),
                 ("cpu.max.burst", "10"),
-                ("cpuset.cpus", "0-1"),
             ],
         );
         is(
@@ -339,6 +338,7 @@ mod tests {
             (r#"{"cpu":{"realtimeRuntime":1}}"#, "cpu.realtimeRuntime"),
             (r#"{"blockIO":{"weight":10}}"#, "blockIO.weight"),
             (r#"{"network":{"classID":1}}"#, "network.classID"),
+            (r#"{"cpu":{"cpus":"0-1"}}"#, "cpu.cpus"),
             (r#"{"rdma":{"mlx5":{"hcaHandles":1}}}"#, "rdma"),
             (r#"{"unified":{"../x.y":"1"}}"#, "unified"),
             (

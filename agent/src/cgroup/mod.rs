@@ -2,7 +2,7 @@
 
 pub mod devices;
 pub mod limits;
-mod stats;
+pub mod stats;
 
 use std::fs;
 use std::io;

@@ -3,8 +3,8 @@
 use std::io;
 
 use containerd_shim_protos::cgroups_v2::metrics::{
-    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats,
-    PidsStat,
+    CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PSIData,
+    PSIStats, PidsStat,
 };
 use protobuf::MessageField;
 
@@ -117,6 +117,46 @@ impl Cgroup {
     }
 }
 
+/// The counters of the interfaces that a process sees, but for the loopback; none if it has ended.
+pub fn network(pid: u32) -> Result<Vec<NetworkStat>, Error> {
+    let path = format!("/proc/{pid}/net/dev");
+    match std::fs::read_to_string(&path) {
+        Ok(text) => Ok(text.lines().filter_map(interface).collect()),
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::ENOENT | libc::ESRCH | libc::EINVAL)
+            ) =>
+        {
+            Ok(Vec::new())
+        }
+        Err(error) => Err(error).context(|| format!("reading {path}")),
+    }
+}
+
+/// A line of `/proc/net/dev`: a name and sixteen numbers. The lines above the table have none.
+fn interface(line: &str) -> Option<NetworkStat> {
+    let (name, numbers) = line.split_once(':')?;
+    let name = name.trim();
+    let numbers: Vec<u64> = numbers
+        .split_ascii_whitespace()
+        .map(|number| number.parse().ok())
+        .collect::<Option<_>>()?;
+    let [received, sent] = [numbers.get(..4)?, numbers.get(8..12)?];
+    (name != "lo").then(|| NetworkStat {
+        name: name.into(),
+        rx_bytes: received[0],
+        rx_packets: received[1],
+        rx_errors: received[2],
+        rx_dropped: received[3],
+        tx_bytes: sent[0],
+        tx_packets: sent[1],
+        tx_errors: sent[2],
+        tx_dropped: sent[3],
+        ..Default::default()
+    })
+}
+
 /// The lines of a file of names and numbers.
 fn pairs(text: &str) -> impl Iterator<Item = (&str, u64)> {
     text.lines().filter_map(|line| {
@@ -223,5 +263,37 @@ mod tests {
             (psi.some.avg10, psi.some.total, psi.full.avg10),
             (1.5, 7, 0.25)
         );
+    }
+
+    #[test]
+    fn interfaces_have_counters() {
+        let text = "Inter-|   Receive                                                |  Transmit
+ face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed
+    lo:     184       2    0    0    0     0          0         0      184       2    0    0    0     0       0          0
+  eth0: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16
+";
+        let found: Vec<_> = text.lines().filter_map(interface).collect();
+        assert_eq!(found.len(), 1);
+        let eth0 = &found[0];
+        assert_eq!(eth0.name, "eth0");
+        assert_eq!(
+            [
+                eth0.rx_bytes,
+                eth0.rx_packets,
+                eth0.rx_errors,
+                eth0.rx_dropped
+            ],
+            [1, 2, 3, 4]
+        );
+        assert_eq!(
+            [
+                eth0.tx_bytes,
+                eth0.tx_packets,
+                eth0.tx_errors,
+                eth0.tx_dropped
+            ],
+            [9, 10, 11, 12]
+        );
+        assert_eq!(network(u32::MAX).unwrap(), []);
     }
 }

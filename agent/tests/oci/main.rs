@@ -82,10 +82,12 @@ fn accepted(rows: &[Row<'_>]) -> Value {
 }
 
 /// What the host removes: the guest would refuse it.
-const REMOVED: [&str; 3] = [
+const REMOVED: [&str; 5] = [
     "process.apparmorProfile",
     "process.selinuxLabel",
     "linux.mountLabel",
+    "linux.resources.cpu.cpus",
+    "linux.resources.cpu.mems",
 ];
 
 fn plan(spec: &Value) -> Result<Plan, Error> {

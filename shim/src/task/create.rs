@@ -79,9 +79,17 @@ impl Tasks {
                         )
                     }
                 };
-                let created = self
-                    .create_in_guest(&request, for_guest, ends, files.at(&slots))
-                    .await;
+                let resources = spec.resources()?;
+                let pinned = self
+                    .affinity
+                    .set(&request.id, machine.pid(), resources.as_ref());
+                let created = match pinned {
+                    Ok(()) => {
+                        self.create_in_guest(&request, for_guest, ends, files.at(&slots))
+                            .await
+                    }
+                    Err(error) => Err(error.into()),
+                };
                 match created {
                     Ok(streams) => (machine.pid(), Some(streams), slots),
                     Err(error) => {
@@ -243,6 +251,7 @@ impl Tasks {
         let (streams, names) = self.sandbox.copy(ends).await?;
         let request = CreateTaskRequest {
             id: request.id.clone(),
+            bundle: request.bundle.clone(),
             rootfs,
             terminal: request.terminal,
             stdin: names.stdin,

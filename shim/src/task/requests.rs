@@ -14,6 +14,7 @@ use super::{Tasks, process, process_mut};
 use crate::annotations::Kind;
 use crate::error::Error;
 use crate::process::{Change, Phase};
+use crate::spec;
 
 /// The type of the statistics that Stats answers.
 const METRICS_TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
@@ -122,7 +123,7 @@ impl Tasks {
     }
 
     /// Changes the limits of a container.
-    pub(super) async fn update(&self, request: UpdateTaskRequest) -> Result<(), Error> {
+    pub(super) async fn update(&self, mut request: UpdateTaskRequest) -> Result<(), Error> {
         self.with(&request.id, |container| match container.init.phase {
             _ if container.kind == Kind::Sandbox => Err(Error::Unsupported(
                 "changing the limits of the sandbox of a pod",
@@ -133,6 +134,12 @@ impl Tasks {
             }),
             _ => Ok(()),
         })?;
+        if let Some(resources) = request.resources.as_mut() {
+            let (machine, json) = (self.sandbox.machine()?, resources.value.as_slice());
+            self.affinity
+                .update(&request.id, machine.pid(), &spec::resources(json)?)?;
+            resources.value = spec::resources_for_guest(json)?;
+        }
         self.sandbox
             .ask(|agent| async move { agent.update(Context::default(), &request).await })
             .await
