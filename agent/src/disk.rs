@@ -1,6 +1,6 @@
-//! Finds a virtio disk by its place on the PCI bus.
+//! Finds a virtio device by its place on the PCI bus, most of all a disk.
 //!
-//! A disk may have been attached a moment ago: if the kernel does not know it yet the bus is scanned again, and if its driver is still at work
+//! A device may have been attached a moment ago: if the kernel does not know it yet the bus is scanned again, and if its driver is still at work
 //! the kernel's events are waited for. This blocks, so it runs in a container's own process.
 
 use std::fs;
@@ -14,13 +14,26 @@ use crate::error::{Context, Error};
 
 /// The device node of the disk in a slot of bus 0, or of one of its partitions.
 pub fn node(slot: u8, partition: Option<u32>) -> Result<PathBuf, Error> {
-    let device = PathBuf::from(format!("/sys/bus/pci/devices/0000:00:{slot:02x}.0"));
     let name = || match partition {
         Some(partition) => format!("partition {partition} of the disk in PCI slot {slot}"),
         None => format!("the disk in PCI slot {slot}"),
     };
-    if let Some(node) = find(&device, partition).context(name)? {
-        return Ok(node);
+    wait_for(slot, name, |virtio| find(virtio, partition))
+}
+
+/// What `find` finds in the directory of the virtio device in a slot of bus 0, as soon as it does.
+pub fn wait_for<T>(
+    slot: u8,
+    name: impl Fn() -> String,
+    find: impl Fn(&Path) -> io::Result<Option<T>>,
+) -> Result<T, Error> {
+    let device = PathBuf::from(format!("/sys/bus/pci/devices/0000:00:{slot:02x}.0"));
+    let find = || match child(&device, |name| name.starts_with("virtio"))? {
+        Some(virtio) => find(&virtio),
+        None => Ok(None),
+    };
+    if let Some(found) = find().context(&name)? {
+        return Ok(found);
     }
     // Events are listened to before the second look, so that none is missed.
     let events = kernel_events().context(|| "listening to the kernel's device events".into())?;
@@ -28,8 +41,8 @@ pub fn node(slot: u8, partition: Option<u32>) -> Result<PathBuf, Error> {
         fs::write("/sys/bus/pci/rescan", "1").context(|| "scanning the PCI bus".into())?;
     }
     loop {
-        if let Some(node) = find(&device, partition).context(name)? {
-            return Ok(node);
+        if let Some(found) = find().context(&name)? {
+            return Ok(found);
         }
         if !device.exists() {
             return Err(Error::NotFound(format!(
@@ -44,10 +57,7 @@ pub fn node(slot: u8, partition: Option<u32>) -> Result<PathBuf, Error> {
 
 /// The node, as soon as the kernel has made the disk; a partition that the disk does not have is an error, because the
 /// partitions are read before the disk appears.
-fn find(device: &Path, partition: Option<u32>) -> io::Result<Option<PathBuf>> {
-    let Some(virtio) = child(device, |name| name.starts_with("virtio"))? else {
-        return Ok(None);
-    };
+fn find(virtio: &Path, partition: Option<u32>) -> io::Result<Option<PathBuf>> {
     let Some(disk) = child(&virtio.join("block"), |_| true)? else {
         return Ok(None);
     };
@@ -72,7 +82,7 @@ fn find(device: &Path, partition: Option<u32>) -> io::Result<Option<PathBuf>> {
 }
 
 /// The first entry of a directory whose name is wanted; none if there is no such directory.
-fn child(directory: &Path, wanted: impl Fn(&str) -> bool) -> io::Result<Option<PathBuf>> {
+pub fn child(directory: &Path, wanted: impl Fn(&str) -> bool) -> io::Result<Option<PathBuf>> {
     let entries = match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         entries => entries?,

@@ -1,6 +1,6 @@
 //! The agent of a Bulkhead guest, and the protocol between it and the shim.
 //!
-//! The shim uses [`protocol`] only. The rest is the agent, a library so that tests can run it elsewhere than as PID 1 of a guest.
+//! The shim uses [`protocol`] and [`netlink`] only. The rest is the agent, a library so that tests can run it elsewhere than as PID 1 of a guest.
 
 pub mod agent;
 pub mod cgroup;
@@ -9,6 +9,8 @@ pub mod container;
 pub mod disk;
 pub mod error;
 pub mod init;
+pub mod netlink;
+pub mod network;
 pub mod oci;
 pub mod oom;
 pub mod plan;

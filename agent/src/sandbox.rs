@@ -11,9 +11,12 @@ use ttrpc::r#async::TtrpcContext;
 
 use crate::agent::Agent;
 use crate::error::{Context, Error};
-use crate::protocol::sandbox::{NextOomRequest, NextOomResponse, SetupRequest, SetupResponse};
+use crate::protocol::sandbox::{
+    NextOomRequest, NextOomResponse, SetNetworkRequest, SetNetworkResponse, SetupRequest,
+    SetupResponse,
+};
 use crate::protocol::sandbox_ttrpc::Sandbox;
-use crate::{disk, sys};
+use crate::{disk, network, sys};
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -73,6 +76,15 @@ impl Sandbox for SandboxService {
         let mut response = SetupResponse::new();
         response.agent_version = env!("CARGO_PKG_VERSION").into();
         Ok(response)
+    }
+
+    async fn set_network(
+        &self,
+        _: &TtrpcContext,
+        request: SetNetworkRequest,
+    ) -> ttrpc::Result<SetNetworkResponse> {
+        network::set(&request)?;
+        Ok(SetNetworkResponse::new())
     }
 
     async fn next_oom(

@@ -8,7 +8,7 @@ use ttrpc::{Code, get_status};
 use crate::annotations::UnknownKind;
 use crate::logging::truncate;
 use crate::process::Phase;
-use crate::{affinity, cgroup, config, machine, options, rootfs, sizing, spec, streams};
+use crate::{affinity, cgroup, config, machine, network, options, rootfs, sizing, spec, streams};
 
 /// The longest text of an error from the guest that is passed on, in bytes.
 const MAX_GUEST_TEXT: usize = 4096;
@@ -72,6 +72,8 @@ pub enum Error {
     Spec(#[from] spec::Error),
     #[error(transparent)]
     Streams(#[from] streams::Error),
+    #[error(transparent)]
+    Network(#[from] network::Error),
     #[error(transparent)]
     Machine(#[from] machine::Error),
     /// The guest's agent refused. Its code and text are passed on, as far as they make sense.
@@ -137,6 +139,10 @@ impl Error {
                 spec::Error::Hook(_) | spec::Error::HostMount { .. } => Code::UNIMPLEMENTED,
             },
             Self::Streams(_) => Code::INVALID_ARGUMENT,
+            Self::Network(error) => match error {
+                network::Error::Kind { .. } => Code::UNIMPLEMENTED,
+                _ => Code::INTERNAL,
+            },
             Self::Machine(error) => match error {
                 machine::Error::Stopped(_) | machine::Error::Timeout { .. } => Code::UNAVAILABLE,
                 machine::Error::Launch(_)

@@ -17,6 +17,7 @@ pub mod info;
 pub mod logger;
 pub mod logging;
 pub mod machine;
+pub mod network;
 pub mod options;
 pub mod process;
 pub mod readiness;

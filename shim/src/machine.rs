@@ -188,6 +188,7 @@ impl fmt::Debug for Agent {
 /// A running machine. Dropping it ends the machine.
 pub struct Machine {
     pid: u32,
+    vcpus: u8,
     boot_timeout: Duration,
     commands: mpsc::Sender<Command>,
     /// Apart from the commands, because those wait when the VMM does not read.
@@ -296,6 +297,7 @@ impl Machine {
         tokio::spawn(worker.run(console_reader, Arc::clone(&console), Arc::clone(&stop)));
         Ok(Self {
             pid,
+            vcpus: spec.vcpus,
             boot_timeout: spec.boot_timeout,
             commands,
             stop,
@@ -307,6 +309,11 @@ impl Machine {
     /// The VMM's process identifier.
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// The number of its virtual processors.
+    pub fn vcpus(&self) -> u8 {
+        self.vcpus
     }
 
     /// The PCI device numbers of [`MachineSpec::disks`], in their order, once the machine is ready.

@@ -1,6 +1,8 @@
 //! The microVM of this shim's containers, and the agent in it.
 
 use std::future::Future;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -17,6 +19,7 @@ use ttrpc::asynchronous::Client;
 use crate::disk::DiskFiles;
 use crate::error::Error;
 use crate::machine::{Agent, Machine, MachineSpec, Reason};
+use crate::network;
 use crate::streams::{Ends, Names, Streams};
 
 /// Random bytes for the guest's entropy pool: what its kernel needs to be ready at once.
@@ -29,6 +32,8 @@ pub struct Sandbox {
     machine: OnceLock<Machine>,
     /// Set once the guest is ready for containers.
     ready: OnceCell<()>,
+    /// Set once the guest has the network of its pod.
+    connected: OnceCell<()>,
     /// A connection of the agent that broke.
     broken: Mutex<Option<Agent>>,
     /// The number of the next stream to the guest.
@@ -77,6 +82,15 @@ impl Sandbox {
         ready
     }
 
+    /// Gives the guest what a network namespace holds, unless it has a network already. `bundle` is that of the shim's first task.
+    pub async fn connect(&self, namespace: OwnedFd, bundle: PathBuf) -> Result<(), Error> {
+        // The name that the namespace was found by, if it has one that lasts.
+        let path = std::fs::read_link(format!("/proc/self/fd/{}", namespace.as_raw_fd()));
+        let path = path.ok().filter(|path| path.is_absolute());
+        let bring = || network::bring(self, namespace, path, bundle);
+        self.connected.get_or_try_init(bring).await.map(drop)
+    }
+
     /// The machine, running or not, if one ever was ready for containers.
     pub fn machine(&self) -> Result<&Machine, Error> {
         match (self.machine.get(), self.ready.get()) {
@@ -104,7 +118,8 @@ impl Sandbox {
         Ok(self.ask_agent(request).await?.container_id)
     }
 
-    async fn ask_agent<T, F>(&self, request: impl FnOnce(Client) -> F) -> Result<T, Error>
+    /// Asks the agent. Fails when the machine ends before the answer is there, and says why it ended.
+    pub async fn ask_agent<T, F>(&self, request: impl FnOnce(Client) -> F) -> Result<T, Error>
     where
         F: Future<Output = ttrpc::Result<T>>,
     {

@@ -1,0 +1,268 @@
+//! What a network namespace holds, in the kernel's own words, made ready for another kernel.
+
+use std::net::IpAddr;
+
+use bulkhead_agent::netlink::{Message, Socket, attribute, attributes, number, text};
+
+use super::{Error, Interface, TAP_PREFIX};
+
+// Types of messages (linux/rtnetlink.h).
+const RTM_GETLINK: u16 = 18;
+const RTM_NEWADDR: u16 = 20;
+const RTM_GETADDR: u16 = 22;
+const RTM_NEWROUTE: u16 = 24;
+const RTM_GETROUTE: u16 = 26;
+const RTM_NEWNEIGH: u16 = 28;
+const RTM_GETNEIGH: u16 = 30;
+const RTM_GETQDISC: u16 = 38;
+
+/// Lengths of the structures that the messages begin with: `ifinfomsg`, `ifaddrmsg`, `rtmsg`, `ndmsg`, `tcmsg`.
+const IFINFOMSG: usize = 16;
+const IFADDRMSG: usize = 8;
+const RTMSG: usize = 12;
+const NDMSG: usize = 12;
+const TCMSG: usize = 20;
+
+/// Where `ifinfomsg`, `ifaddrmsg`, `ndmsg` and `tcmsg` have the number of the interface.
+const INDEX: usize = 4;
+
+// Attributes of an interface (linux/if_link.h).
+const IFLA_ADDRESS: u16 = 1;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
+
+/// The number of the loopback interface, in every namespace.
+const LOOPBACK: u32 = 1;
+
+/// The kinds of interfaces that a guest can have.
+const KINDS: [&str; 4] = ["veth", "macvlan", "ipvlan", "tun"];
+
+// Attributes of an address (linux/if_addr.h), and its flags: there is no need to look for somebody else with the address, as whoever
+// gave it out has, and its network's route comes by itself.
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
+const IFA_FLAGS: u16 = 8;
+const IFA_F_NODAD: u32 = 0x02;
+const IFA_F_DADFAILED: u32 = 0x08;
+const IFA_F_TENTATIVE: u32 = 0x40;
+const IFA_F_NOPREFIXROUTE: u32 = 0x200;
+
+/// A neighbour that somebody has entered (linux/neighbour.h).
+const NUD_PERMANENT: u8 = 0x80;
+
+// Attributes of a route (linux/rtnetlink.h).
+const RTA_OIF: u16 = 4;
+const RTA_MULTIPATH: u16 = 9;
+const RTA_NH_ID: u16 = 30;
+/// The table that the kernel keeps by itself.
+const RT_TABLE_LOCAL: u8 = 255;
+/// The kinds of routes that do not come with addresses: unicast, blackhole, unreachable, prohibit, throw.
+const ROUTE_KINDS: [u8; 5] = [1, 6, 7, 8, 9];
+/// What of a route's flags is its own and not what has become of it.
+const RTNH_F_ONLINK: u32 = 4;
+/// Only remembered by the kernel.
+const RTM_F_CLONED: u32 = 0x200;
+/// Length of one of several next hops (`struct rtnexthop`), and where its flags and its interface are.
+const NEXT_HOP: usize = 8;
+const NEXT_HOP_FLAGS: usize = 2;
+
+/// The parent of an ingress queueing discipline.
+const TC_H_INGRESS: u32 = 0xffff_fff1;
+
+const AF_INET: u8 = libc::AF_INET as u8;
+const AF_INET6: u8 = libc::AF_INET6 as u8;
+
+/// What is there.
+#[derive(Debug)]
+pub struct Contents {
+    pub interfaces: Vec<Interface>,
+    /// Addresses, neighbours and routes.
+    pub messages: Vec<Message>,
+    /// The interfaces that have an ingress queueing discipline.
+    pub qdiscs: Vec<u32>,
+}
+
+impl Contents {
+    /// Reads everything.
+    pub fn read(socket: &mut Socket) -> Result<Self, Error> {
+        let mut dump = |what, kind, length: usize| {
+            socket
+                .dump(&Message::new(kind, 0, &[0; IFINFOMSG + TCMSG][..length]))
+                .map_err(|source| Error::Read { what, source })
+        };
+        let links = dump("the interfaces", RTM_GETLINK, IFINFOMSG)?;
+        let addresses = dump("the addresses", RTM_GETADDR, IFADDRMSG)?;
+        let mut interfaces = Vec::new();
+        for link in &links {
+            interfaces.extend(interface(link.body(), &addresses)?);
+        }
+        if interfaces.is_empty() {
+            return Ok(Self {
+                interfaces,
+                messages: Vec::new(),
+                qdiscs: Vec::new(),
+            });
+        }
+        let known = |index: u32| {
+            index == LOOPBACK || interfaces.iter().any(|interface| interface.index == index)
+        };
+        let mut messages = Vec::new();
+        for message in addresses {
+            messages.extend(address_for_guest(message).filter(|message| known(index(message))));
+        }
+        for message in dump("the neighbours", RTM_GETNEIGH, NDMSG)? {
+            if is_permanent(&message) && known(index(&message)) {
+                messages.push(message);
+            }
+        }
+        for message in dump("the routes", RTM_GETROUTE, RTMSG)? {
+            messages.extend(route_for_guest(&message, known));
+        }
+        let qdiscs = dump("the queueing disciplines", RTM_GETQDISC, TCMSG)?;
+        let qdiscs = qdiscs
+            .iter()
+            .filter(|message| number(message.body(), 12) == Some(TC_H_INGRESS))
+            .map(index);
+        let qdiscs = qdiscs.collect();
+        Ok(Self {
+            interfaces,
+            messages,
+            qdiscs,
+        })
+    }
+}
+
+fn index(message: &Message) -> u32 {
+    number(message.body(), INDEX).unwrap_or_default()
+}
+
+/// An interface that is to go into the guest; `None` for one that is there by itself and takes no part.
+fn interface(body: &[u8], addresses: &[Message]) -> Result<Option<Interface>, Error> {
+    let (Some(hardware), Some(index), Some(flags), Some(rest)) = (
+        body.get(2..4),
+        number(body, INDEX),
+        number(body, 8),
+        body.get(IFINFOMSG..),
+    ) else {
+        return Err(Error::Description("an interface"));
+    };
+    let name = attribute(rest, IFLA_IFNAME).map(text).unwrap_or_default();
+    if index == LOOPBACK || name.starts_with(TAP_PREFIX) {
+        return Ok(None);
+    }
+    let kind = attribute(rest, IFLA_LINKINFO).and_then(|info| attribute(info, IFLA_INFO_KIND));
+    let kind = kind.map(text).unwrap_or_else(|| "physical".into());
+    let up = flags & libc::IFF_UP as u32 != 0;
+    let own: Vec<IpAddr> = addresses
+        .iter()
+        .filter(|message| self::index(message) == index)
+        .filter_map(address)
+        .collect();
+    let hardware = u16::from_ne_bytes([hardware[0], hardware[1]]);
+    let mac = attribute(rest, IFLA_ADDRESS).and_then(|mac| <[u8; 6]>::try_from(mac).ok());
+    let ethernet = mac.filter(|_| hardware == libc::ARPHRD_ETHER);
+    let Some(mac) = ethernet.filter(|_| KINDS.contains(&kind.as_str())) else {
+        // Tunnels' modules put one of theirs into each namespace, which nobody uses.
+        if !up && own.is_empty() {
+            return Ok(None);
+        }
+        return Err(Error::Kind { name, kind });
+    };
+    let mtu = attribute(rest, IFLA_MTU).and_then(|mtu| number(mtu, 0));
+    Ok(Some(Interface {
+        index,
+        name,
+        mac,
+        mtu: mtu.ok_or(Error::Description("an interface's MTU"))?,
+        up,
+        arp: flags & libc::IFF_NOARP as u32 == 0,
+        addresses: own,
+        taps: Vec::new(),
+    }))
+}
+
+/// The address that a message is about: the own one, not a peer's.
+fn address(message: &Message) -> Option<IpAddr> {
+    let rest = message.body().get(IFADDRMSG..)?;
+    let value = attribute(rest, IFA_LOCAL).or_else(|| attribute(rest, IFA_ADDRESS))?;
+    match value.len() {
+        4 => Some(<[u8; 4]>::try_from(value).ok()?.into()),
+        16 => Some(<[u8; 16]>::try_from(value).ok()?.into()),
+        _ => None,
+    }
+}
+
+/// An address as the guest is to have it; none that every loopback interface has.
+fn address_for_guest(mut message: Message) -> Option<Message> {
+    let family = *message.body().first()?;
+    if message.kind() != RTM_NEWADDR || ![AF_INET, AF_INET6].contains(&family) {
+        return None;
+    }
+    if index(&message) == LOOPBACK && address(&message)?.is_loopback() {
+        return None;
+    }
+    let body = message.body_mut();
+    let (_, value) = attributes(&body[IFADDRMSG..]).find(|(kind, _)| *kind == IFA_FLAGS)?;
+    let flags = &mut body[IFADDRMSG + value.start..IFADDRMSG + value.end];
+    let mut all = number(flags, 0)?;
+    all &= !(IFA_F_TENTATIVE | IFA_F_DADFAILED);
+    all |= IFA_F_NODAD | IFA_F_NOPREFIXROUTE;
+    flags.copy_from_slice(&all.to_ne_bytes());
+    // The first eight of them are here, too.
+    body[2] = all as u8;
+    Some(message)
+}
+
+fn is_permanent(message: &Message) -> bool {
+    let body = message.body();
+    message.kind() == RTM_NEWNEIGH
+        && matches!(body.first(), Some(&(AF_INET | AF_INET6)))
+        && body.get(8).is_some_and(|state| state & NUD_PERMANENT != 0)
+}
+
+/// A route as the guest is to have it; none that comes with an address, or leads to an interface that the guest does not have.
+fn route_for_guest(message: &Message, known: impl Fn(u32) -> bool) -> Option<Message> {
+    let mut head: [u8; RTMSG] = *message.body().first_chunk()?;
+    let flags = number(&head, 8)?;
+    if message.kind() != RTM_NEWROUTE
+        || ![AF_INET, AF_INET6].contains(&head[0])
+        || head[4] == RT_TABLE_LOCAL
+        || !ROUTE_KINDS.contains(&head[7])
+        || flags & RTM_F_CLONED != 0
+    {
+        return None;
+    }
+    head[8..].copy_from_slice(&(flags & RTNH_F_ONLINK).to_ne_bytes());
+    let rest = &message.body()[RTMSG..];
+    let mut route = Message::new(RTM_NEWROUTE, 0, &head);
+    for (kind, value) in attributes(rest) {
+        let value = &rest[value];
+        match kind {
+            // What it names is a thing of the host's, but all that it says stands beside it.
+            RTA_NH_ID => {}
+            RTA_OIF if !known(number(value, 0)?) => return None,
+            RTA_MULTIPATH => route = route.with(kind, &next_hops(value, &known)?),
+            _ => route = route.with(kind, value),
+        }
+    }
+    Some(route)
+}
+
+/// Several next hops, with their own flags only.
+fn next_hops(hops: &[u8], known: impl Fn(u32) -> bool) -> Option<Vec<u8>> {
+    let mut all = hops.to_vec();
+    let mut rest = &mut all[..];
+    while rest.len() >= NEXT_HOP {
+        if !known(number(rest, INDEX)?) {
+            return None;
+        }
+        rest[NEXT_HOP_FLAGS] &= RTNH_F_ONLINK as u8;
+        let length = usize::from(u16::from_ne_bytes([rest[0], rest[1]])).max(NEXT_HOP);
+        rest = rest
+            .get_mut(length.next_multiple_of(4)..)
+            .unwrap_or_default();
+    }
+    Some(all)
+}
