@@ -30,12 +30,13 @@ use crate::console::Console;
 use crate::disk::DiskFiles;
 use worker::{Command, State, Worker};
 
-/// What every guest kernel is told: where its console and its root are, to end the machine when it fails, not to rewrite its
-/// code for the case that it has one processor (which costs a twelfth of the boot and gains next to nothing), and to make no network
-/// interfaces that nobody asked for, which containers would see.
+/// What every guest kernel is told: where its console and its root are, to end the machine when it fails, and what spares it
+/// work at its boot. `guest-kernel/README.md` has the reason for each.
 pub const CMDLINE: &str = concat!(
     "console=ttyS0 quiet root=/dev/vda rootfstype=erofs ro reboot=k panic=-1",
-    " noreplace-smp dummy.numdummies=0 ifb.numifbs=0 fb_tunnels=none"
+    " noreplace-smp percpu_alloc=page pci=conf1,noearly tsc=reliable swiotlb=noforce",
+    " rcupdate.rcu_expedited=1 spec_rstack_overflow=off initcall_blacklist=slab_late_init,slab_sysfs_init",
+    " dummy.numdummies=0 ifb.numifbs=0 fb_tunnels=none",
 );
 
 /// How many lines of the console go into errors.
