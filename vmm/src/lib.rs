@@ -1,6 +1,7 @@
 //! The Bulkhead virtual machine monitor: device models, machine, launcher and control protocol.
 
 pub mod boot;
+pub mod coalesced;
 pub mod control;
 pub mod cpuid;
 pub mod irq;

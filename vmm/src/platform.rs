@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_superio::{I8042Device, Trigger};
 
+use crate::coalesced::Ring;
 use crate::control::StopReason;
 use crate::pci;
 use crate::serial;
@@ -19,8 +20,10 @@ const SERIAL_END: u16 = SERIAL + 7;
 const KEYBOARD_DATA: u16 = 0x60;
 const KEYBOARD_COMMAND: u16 = 0x64;
 
-/// PCI configuration mechanism 1.
-const PCI: u16 = 0xcf8;
+/// PCI configuration mechanism 1: the address's port, and the data's.
+pub const PCI: u16 = 0xcf8;
+/// Width of the address's port in bytes.
+pub const PCI_ADDRESS_LENGTH: u32 = 4;
 const PCI_END: u16 = 0xcff;
 
 /// The devices, as all processors see them.
@@ -29,6 +32,8 @@ pub struct Platform {
     serial: Mutex<serial::Port>,
     keyboard: Mutex<I8042Device<ResetLine>>,
     pci: Arc<pci::Bus>,
+    /// Addresses that were written to [`PCI`], and that nothing was done with yet.
+    addresses: Mutex<Ring>,
 }
 
 /// The line by which the keyboard controller resets a PC.
@@ -46,11 +51,17 @@ impl Trigger for ResetLine {
 
 impl Platform {
     /// Connects the devices.
-    pub fn new(serial: serial::Port, pci: Arc<pci::Bus>, stopper: Stopper) -> Self {
+    pub fn new(
+        serial: serial::Port,
+        pci: Arc<pci::Bus>,
+        addresses: Ring,
+        stopper: Stopper,
+    ) -> Self {
         Self {
             serial: Mutex::new(serial),
             keyboard: Mutex::new(I8042Device::new(ResetLine(stopper))),
             pci,
+            addresses: Mutex::new(addresses),
         }
     }
 
@@ -64,7 +75,7 @@ impl Platform {
             (KEYBOARD_DATA | KEYBOARD_COMMAND, [byte]) => {
                 *byte = lock(&self.keyboard).read((port - KEYBOARD_DATA) as u8);
             }
-            (PCI..=PCI_END, data) => self.pci.io_read(port, data),
+            (PCI..=PCI_END, data) => self.bus().io_read(port, data),
             (_, data) => data.fill(0xff),
         }
     }
@@ -79,10 +90,16 @@ impl Platform {
             (KEYBOARD_DATA | KEYBOARD_COMMAND, [byte]) => {
                 let Ok(()) = lock(&self.keyboard).write((port - KEYBOARD_DATA) as u8, *byte);
             }
-            (PCI..=PCI_END, data) => self.pci.io_write(port, data),
+            (PCI..=PCI_END, data) => self.bus().io_write(port, data),
             // Nobody answers.
             _ => {}
         }
+    }
+
+    /// The bus, for an access to its ports: what was written to them before has been done.
+    fn bus(&self) -> &pci::Bus {
+        lock(&self.addresses).drain(|port, data| self.pci.io_write(port, data));
+        &self.pci
     }
 
     /// The guest reads from a physical address that is no memory.

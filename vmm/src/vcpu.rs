@@ -9,6 +9,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 
 use crate::boot::registers;
+use crate::coalesced::Ring;
 use crate::control::StopReason;
 use crate::cpuid;
 use crate::platform::Platform;
@@ -108,6 +109,19 @@ impl Vcpu {
                 .map_err(failed("KVM_SET_REGS"))?;
         }
         Ok(Self { id, fd })
+    }
+
+    /// Has KVM keep what any processor of the machine writes to these ports.
+    ///
+    /// # Errors
+    ///
+    /// KVM refuses.
+    pub fn coalesce(&self, vm: &VmFd, port: u16, length: u32) -> Result<Ring, Error> {
+        Ring::new(vm, &self.fd, port, length).map_err(|source| Error::Kvm {
+            operation: "KVM_REGISTER_COALESCED_MMIO",
+            id: self.id,
+            source,
+        })
     }
 
     /// Runs the processor until it ends the machine.

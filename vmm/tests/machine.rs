@@ -44,6 +44,34 @@ fn where_nobody_answers_there_are_ones() {
 }
 
 #[test]
+fn what_is_written_to_the_pci_address_port_arrives_in_order() {
+    // More than KVM keeps, then the address of slot 1, where pvpanic is (1b36:0011).
+    let code = [
+        &[0xb9, 0x90, 0x01, 0x00, 0x00][..], // mov ecx, 400
+        &[0x66, 0xba, 0xf8, 0x0c],           // mov dx, 0xcf8
+        &[0xb8, 0x00, 0x00, 0x00, 0x80],     // mov eax, 0x80000000
+        &[0xef, 0xff, 0xc9, 0x75, 0xfb],     // out dx, eax; dec ecx; jnz out
+        &[0xb8, 0x00, 0x08, 0x00, 0x80],     // mov eax, 0x80000800
+        &[0xef],                             // out dx, eax
+        &[0x66, 0xba, 0xfc, 0x0c],           // mov dx, 0xcfc
+        &[0xed],                             // in eax, dx
+        &[0x3d, 0x36, 0x1b, 0x11, 0x00],     // cmp eax, 0x00111b36
+        &[0x75, 0x07],                       // jnz over the print
+        &print("1"),
+        &[0x66, 0xba, 0xf8, 0x0c],       // mov dx, 0xcf8
+        &[0xed],                         // in eax, dx
+        &[0x3d, 0x00, 0x08, 0x00, 0x80], // cmp eax, 0x80000800
+        &[0x75, 0x07],                   // jnz over the print
+        &print("2"),
+        &RESET,
+        &HALT,
+    ]
+    .concat();
+    let (reason, console) = Machine::run(&code).started().end();
+    assert_eq!((reason, console.as_str()), (StopReason::Reset, "12"));
+}
+
+#[test]
 fn all_processors_start_and_run_at_once() {
     // In real mode at 0x1000:0: print "A", count, halt.
     let secondary = [

@@ -24,7 +24,7 @@ use crate::memory::{
 };
 use crate::pci;
 use crate::pci::pvpanic::PvPanic;
-use crate::platform::Platform;
+use crate::platform::{self, Platform};
 use crate::seccomp::{self, ThreadKind};
 use crate::serial;
 use crate::stop::Stopper;
@@ -131,7 +131,6 @@ impl Machine {
         };
         bus.attach(Arc::new(pvpanic))?;
         let vsock = Vsock::new(GUEST_CID, boot.ports.clone()).map_err(device("vsock"))?;
-        let platform = Arc::new(Platform::new(serial, bus.clone(), stopper.clone()));
         let mut machine = Self {
             vm,
             ram,
@@ -151,12 +150,17 @@ impl Machine {
             machine.attach_nic(nic, taps)?;
         }
 
-        // 4. Processors.
+        // 4. Processors, and what they reach.
         let template = cpuid::Template::new(&kvm, boot.vcpus)?;
-        let vcpus = (0..boot.vcpus)
-            .map(|id| Vcpu::new(&machine.vm, id, &template, entry))
+        let first = Vcpu::new(&machine.vm, 0, &template, entry)?;
+        let addresses = first.coalesce(&machine.vm, platform::PCI, platform::PCI_ADDRESS_LENGTH)?;
+        let others = (1..boot.vcpus).map(|id| Vcpu::new(&machine.vm, id, &template, entry));
+        let vcpus = std::iter::once(Ok(first))
+            .chain(others)
             .collect::<Result<_, _>>()?;
-        Ok((machine, vcpus, platform))
+        let bus = machine.bus.clone();
+        let platform = Platform::new(serial, bus, addresses, machine.stopper.clone());
+        Ok((machine, vcpus, Arc::new(platform)))
     }
 
     /// Lets the processors run, each in its own thread, and confines the calling thread.
