@@ -65,6 +65,10 @@ fn a_panic_of_the_guest_ends_its_container_alone() {
         .output()
         .unwrap();
     assert_eq!(outcome.code, 137, "{}", outcome.stderr);
+    let log = std::fs::read_to_string(world.site().log()).unwrap();
+    for words in ["the guest's kernel panicked", "panic_on_oom"] {
+        assert!(log.contains(words), "no {words:?} in:\n{log}");
+    }
     neighbour
         .exec(&["true"])
         .output()
