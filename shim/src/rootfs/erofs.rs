@@ -41,10 +41,31 @@ pub const BLOCK: u64 = 4096;
 const SMALL: u64 = 2048;
 
 const SUPERBLOCK: u64 = 1024;
+const MAGIC: u32 = 0xe0f5_e1e2;
 const FIRST_INODE: u64 = SUPERBLOCK + 128;
 const INODE: u64 = 64;
 const SLOT: u64 = 32;
 const DIRENT: usize = 12;
+
+/// How long an image is, in bytes, as its superblock says; `None` if the file holds none.
+///
+/// # Errors
+///
+/// The file cannot be read.
+pub fn length(image: &File) -> io::Result<Option<u64>> {
+    let mut superblock = [0; 40];
+    match image.read_exact_at(&mut superblock, SUPERBLOCK) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        read => read?,
+    }
+    let magic = superblock.starts_with(&MAGIC.to_le_bytes());
+    let block = 1_u64.checked_shl(superblock[12].into());
+    let blocks = superblock[36..].iter().rev();
+    let blocks = blocks.fold(0, |number, &byte| number << 8 | u64::from(byte));
+    Ok(block
+        .filter(|_| magic)
+        .and_then(|block| block.checked_mul(blocks)))
+}
 
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
@@ -240,7 +261,6 @@ impl Image {
     }
 
     fn superblock(&self, sums: [u32; 2], blocks: u64) -> [u8; 128] {
-        const MAGIC: u32 = 0xe0f5_e1e2;
         const COMPATIBLE_MTIME: u32 = 2;
         const INCOMPATIBLE_CHUNKS: u32 = 4;
         // Overlayfs tells its layers apart by these. It is a fingerprint, so that it depends on the content alone.

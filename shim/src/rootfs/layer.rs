@@ -24,7 +24,7 @@ use rustix::fs::{AtFlags, CWD, OFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::cache::Cache;
-use super::{Error, erofs, failed, tree};
+use super::{Error, erofs, failed, tree, whole};
 
 /// Changes when images are laid out in another way, so that old ones are not used any more.
 const VERSION: u32 = 1;
@@ -44,10 +44,17 @@ pub struct Layer {
 impl Cache {
     /// A layer's image, if it is there.
     pub fn find(&self, layer: &Layer) -> Result<Option<File>, Error> {
-        match &layer.name {
-            Some(name) => self.open(name),
-            None => Ok(None),
-        }
+        let Some(name) = &layer.name else {
+            return Ok(None);
+        };
+        let Some(image) = self.open(name)? else {
+            return Ok(None);
+        };
+        let path = || self.path().join(name);
+        let metadata = image
+            .metadata()
+            .map_err(|error| failed("stat", &path())(error))?;
+        whole(image, metadata.len(), path).map(Some)
     }
 
     /// Builds a layer's image, unless another process is just doing so: then it waits.
@@ -193,6 +200,32 @@ mod tests {
         let image = host.directory.path().join("cache").join(&host.images()[0]);
         let mounted = Mounted::new("erofs", "loop,ro", image.to_str().unwrap());
         assert_same(&layer, mounted.path());
+    }
+
+    #[tokio::test]
+    async fn an_image_that_lost_its_end_is_named() {
+        let host = Host::new(1000);
+        let layer = host.snapshot(1, 0);
+        fill(&layer);
+        drop(image(&host.cache, &layer, true).await.unwrap());
+        let path = host.directory.path().join("cache").join(&host.images()[0]);
+        let length = fs::metadata(&path).unwrap().len();
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        for cut in [length - 1, length / 2, 1000, 0] {
+            file.set_len(cut).unwrap();
+            let error = image(&host.cache, &layer, true).await.unwrap_err();
+            let text = error.to_string();
+            assert!(
+                matches!(&error, Error::Damaged { path: named, length, .. } if *named == path && *length == cut),
+                "{text}"
+            );
+            assert!(text.contains("remove it"), "{text}");
+        }
+        // Long enough, but nothing but zeroes.
+        file.set_len(length).unwrap();
+        assert!(image(&host.cache, &layer, true).await.is_err());
+        fs::remove_file(&path).unwrap();
+        image(&host.cache, &layer, true).await.unwrap();
     }
 
     #[tokio::test]

@@ -160,7 +160,8 @@ async fn images(cache: &Cache, id: &str, layers: Vec<plan::Layer>) -> Result<Vec
             plan::Layer::Image(path) => Some(path.clone()),
         };
         if let Some(path) = ready {
-            images.push(Some(block::open(&path, true)?.0));
+            let (image, length) = block::open(&path, true)?;
+            images.push(Some(whole(image, length, || path)?));
             continue;
         }
         let immutable = !matches!(layer, plan::Layer::Upper(_));
@@ -191,6 +192,19 @@ async fn images(cache: &Cache, id: &str, layers: Vec<plan::Layer>) -> Result<Vec
     Ok(images.into_iter().flatten().collect())
 }
 
+/// Refuses an image that has lost its end: its files would be there, and fail when they are read.
+fn whole(image: File, length: u64, path: impl FnOnce() -> PathBuf) -> Result<File, Error> {
+    match erofs::length(&image) {
+        Ok(Some(needed)) if needed <= length => Ok(image),
+        Ok(needed) => Err(Error::Damaged {
+            path: path(),
+            length,
+            needed: needed.unwrap_or(erofs::BLOCK),
+        }),
+        Err(error) => Err(failed("read the superblock of", &path())(error)),
+    }
+}
+
 fn is_empty(directory: &Path) -> Result<bool, Error> {
     let mut entries = fs::read_dir(directory).map_err(|error| match error.kind() {
         ErrorKind::NotFound | ErrorKind::NotADirectory => Error::Missing(directory.into()),
@@ -214,6 +228,15 @@ pub enum Error {
     /// A disk has a length that no disk can have.
     #[error("{path} has {length} bytes: a disk has a multiple of 512, and at least that")]
     Length { path: PathBuf, length: u64 },
+    /// An image has lost its end, or never was one.
+    #[error(
+        "{path} is damaged: it has {length} bytes, but must have {needed}; remove it, so that it is made again"
+    )]
+    Damaged {
+        path: PathBuf,
+        length: u64,
+        needed: u64,
+    },
     /// The mounts are not known.
     #[error(transparent)]
     Plan(#[from] plan::Error),
@@ -278,6 +301,7 @@ impl Error {
             Self::Plan(plan::Error::Unsupported(_) | plan::Error::Option { .. }) => {
                 Code::UNIMPLEMENTED
             }
+            Self::Damaged { .. } => Code::DATA_LOSS,
             Self::Full { .. } | Self::NearlyFull { .. } => Code::RESOURCE_EXHAUSTED,
             Self::Tree(tree::Error::MountPoint(_) | tree::Error::Xattr { .. }) => {
                 Code::UNIMPLEMENTED

@@ -102,7 +102,18 @@ fn check_space(directory: &Path) -> Result<(), Error> {
 async fn template(cache: &Cache, size: u64) -> Result<File, Error> {
     let name = format!("{VERSION}-scratch-{size}");
     if let Some(template) = cache.open(&name)? {
-        return Ok(template);
+        let path = || cache.path().join(&name);
+        let metadata = template
+            .metadata()
+            .map_err(|error| failed("stat", &path())(error))?;
+        return match metadata.len() == size {
+            true => Ok(template),
+            false => Err(Error::Damaged {
+                path: path(),
+                length: metadata.len(),
+                needed: size,
+            }),
+        };
     }
     let build = move |cache: &Cache| {
         let lock = File::open(cache.path()).map_err(failed("open", cache.path()))?;
@@ -193,6 +204,14 @@ mod tests {
         assert!(file.metadata().unwrap().blocks() * 512 > 10 << 20);
         drop(mounted);
         run("e2fsck", &["-fn", &path]);
+        let template = host.directory.path().join("cache").join(&host.images()[0]);
+        let cut = fs::OpenOptions::new().write(true).open(&template).unwrap();
+        cut.set_len(1 << 20).unwrap();
+        let error = disk(&host.cache, &directory, 20_000).await.unwrap_err();
+        assert!(
+            matches!(&error, Error::Damaged { path, .. } if *path == template),
+            "{error}"
+        );
         // What one pod writes is not in another's.
         let (other, _) = other.extents.into_iter().next().unwrap();
         assert!(File::from(other).metadata().unwrap().blocks() * 512 < 1 << 20);
