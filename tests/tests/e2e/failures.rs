@@ -1,6 +1,7 @@
 //! Bad input: each ends in an error that says what and why, and leaves nothing behind.
 
 use std::fs;
+use std::path::PathBuf;
 
 use bulkhead_tests::ctr::{Outcome, Runtime, World};
 use bulkhead_tests::layer::{Attributes, LayerBuilder};
@@ -123,6 +124,31 @@ fn a_root_image_of_an_impossible_length_is_refused() {
         &[("image", &longer.value())],
         &["no multiple of 512"],
     );
+    world.finish().unwrap();
+}
+
+#[test]
+fn a_layer_that_lost_its_end_is_refused() {
+    let world = World::new().unwrap();
+    let directory = TempDir::new_in("/root").unwrap();
+    let changes = [("cache_dir", &*format!("{:?}", directory.path()))];
+    let options = world.configure(directory.path(), &changes).unwrap();
+    let container = world.container(Runtime::Bulkhead, "busybox").unwrap();
+    let call = container.options(options).run(&["true"]);
+    call.output().unwrap().success().unwrap();
+    // Beside the scratch disks' template and the configuration.
+    let images = fs::read_dir(directory.path()).unwrap().flatten();
+    let mut images = images.map(|entry| entry.path());
+    let is_layer = |path: &PathBuf| {
+        let path = path.to_string_lossy();
+        !path.contains("scratch") && !path.ends_with(".toml")
+    };
+    let layer = images.find(is_layer).unwrap();
+    let length = fs::metadata(&layer).unwrap().len();
+    let file = fs::File::options().write(true).open(&layer).unwrap();
+    file.set_len(length / 2).unwrap();
+    let (layer, length) = (layer.to_str().unwrap(), length.to_string());
+    assert_refused(&world, &changes, &[layer, &length, "remove it"]);
     world.finish().unwrap();
 }
 
