@@ -58,7 +58,7 @@ fn a_panic_of_the_guest_ends_its_container_alone() {
     let neighbour = neighbour.start(&["sleep", "1000"]).unwrap();
     let container = world.container(Runtime::Bulkhead, "busybox").unwrap();
     // With 2 the kernel panics instead of killing the process that outgrows the container's limit.
-    let script = "echo 2 >/proc/sys/vm/panic_on_oom && dd if=/dev/zero of=/dev/null bs=64M count=1; tail -f /dev/null";
+    let script = "echo 2 >/proc/sys/vm/panic_on_oom || exit 1; dd if=/dev/zero of=/dev/null bs=64M count=1; exit 2";
     let outcome = container
         .options(["--privileged", "--memory-limit", "33554432"])
         .run(&["sh", "-c", script])
