@@ -137,10 +137,15 @@ impl Tasks {
             Kind::Single if is_final => self.insist(&request.id)?,
             Kind::Single | Kind::Member => {}
         }
-        self.sandbox
+        let killed = self
+            .sandbox
             .ask(|agent| async move { agent.kill(Context::default(), &request).await })
-            .await
-            .map(drop)
+            .await;
+        match killed {
+            // The signal's target has ended, and the machine with it, before the answer was on its way.
+            Err(Error::Machine(_)) => Ok(()),
+            killed => killed.map(drop),
+        }
     }
 
     /// The pause process of a pod exists in name only. It ends at the signals at which it does elsewhere, and the machine with it.

@@ -226,7 +226,8 @@ impl Guest {
                 137
             }
             "crash" => return stop(&self.control, StopReason::Failed("crash".into())),
-            "wait" => {
+            // After "mute" was killed, there is no answer.
+            "wait" | "mute" => {
                 let mut exit = self.with(&id, &exec_id, |p| p.exit.subscribe()).unwrap();
                 exit.wait_for(Option::is_some).await.unwrap().unwrap()
             }
@@ -330,8 +331,12 @@ impl Task for Agent {
     }
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Result<Empty> {
-        self.0
-            .end(&request.id, &request.exec_id, 128 + request.signal)?;
+        let (id, exec_id) = (&request.id, &request.exec_id);
+        let mute = self.0.with(id, exec_id, |p| p.program[0] == "mute")?;
+        self.0.end(id, exec_id, 128 + request.signal)?;
+        if mute {
+            std::future::pending::<()>().await;
+        }
         Ok(Empty::new())
     }
 

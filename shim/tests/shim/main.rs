@@ -386,6 +386,19 @@ async fn what_was_never_started_can_be_killed_and_deleted() {
     }
 }
 
+async fn a_machine_may_be_gone_before_it_answers_a_kill() {
+    let host = Host::new().await;
+    let bundle = host.bundle("c1", &["mute"], json!({}));
+    let shim = host.shim(&bundle).await;
+    let request = host.create_request(&bundle);
+    shim.task.create(context(), &request).await.unwrap();
+    shim.start("c1", "").await.unwrap();
+    shim.kill("c1", "", KILL).await.unwrap();
+    assert_eq!(shim.delete("c1", "").await.unwrap().exit_status, 137);
+    shim.shut_down().await;
+    assert_eq!(host.remains(), [""; 0]);
+}
+
 async fn a_machine_that_ends_ends_all_and_says_why() {
     let mut host = Host::new().await;
     let bundle = host.bundle("c1", &["wait"], json!({}));
@@ -794,6 +807,7 @@ fn main() -> ExitCode {
         want_of_memory_is_told_before_the_end,
         requests_reach_the_guest_and_its_refusals_the_client,
         what_was_never_started_can_be_killed_and_deleted,
+        a_machine_may_be_gone_before_it_answers_a_kill,
         a_machine_that_ends_ends_all_and_says_why,
         a_machine_that_does_not_come_up_says_why,
         a_wrong_configuration_is_named,
