@@ -331,7 +331,7 @@ async fn requests_reach_the_guest_and_its_refusals_the_client() {
     shim.task.update(context(), &update("{}")).await.unwrap();
     let error = shim
         .task
-        .update(context(), &update("{ }"))
+        .update(context(), &update(r#"{"memory":{"limit":1}}"#))
         .await
         .unwrap_err();
     assert_eq!(
