@@ -9,7 +9,7 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit};
 
 use crate::agent::Paths;
 use crate::error::{Context, Error};
-use crate::{cgroup, sys};
+use crate::{cgroup, child, sys};
 
 /// Where the control groups are mounted.
 const CGROUP: &str = "/sys/fs/cgroup";
@@ -78,6 +78,9 @@ pub fn prepare() -> Result<Paths, Error> {
         unless(Errno::EXIST, symlink(target, link)).context(|| format!("linking {link}"))?;
     }
     raise_limits().context(|| "raising the limits of processes".into())?;
+    // A program that reserves more memory than it uses must not fail because its machine is small: what it may use is what its
+    // container's limit says.
+    child::outside::set("vm/overcommit_memory", "1")?;
     sys::loopback_up().context(|| "bringing the loopback interface up".into())?;
     cgroup::delegate(Path::new(CGROUP))?;
     Ok(Paths {
