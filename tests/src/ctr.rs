@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal};
 
+use crate::bundle::Bundle;
 use crate::error::{Context, Error, Result};
 use crate::leftovers::Snapshot;
 use crate::process;
@@ -77,8 +78,7 @@ impl World {
 
     /// A container of the test image `image`.
     pub fn container(&self, runtime: Runtime, image: &str) -> Result<Container<'_>> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let name = format!("c{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let name = next_name();
         let reference = format!("localhost/{image}:latest");
         let images = self
             .ctr(&["image", "list", "--quiet"])
@@ -93,6 +93,27 @@ impl World {
             options: vec!["--runtime".into(), runtime.name().into()],
             reference,
         })
+    }
+
+    /// Runs the container that a bundle describes to its end, and removes it.
+    pub fn run_bundle(&self, runtime: Runtime, bundle: &Bundle) -> Result<Outcome> {
+        let config = bundle.write()?;
+        let config = config.to_string_lossy();
+        let name = next_name();
+        let runtime = ["--runtime", runtime.name(), "--config", &config];
+        self.ctr(&[&["run", "--rm"], &runtime[..], &[&name]].concat())
+            .output()
+    }
+
+    /// Starts the container that a bundle describes, and lets it run.
+    pub fn start_bundle(&self, runtime: Runtime, bundle: &Bundle) -> Result<Running<'_>> {
+        let config = bundle.write()?;
+        let config = config.to_string_lossy();
+        let name = next_name();
+        let runtime = ["--runtime", runtime.name(), "--config", &config];
+        let call = self.ctr(&[&["run", "--detach"], &runtime[..], &[&name]].concat());
+        call.output()?.success()?;
+        Ok(Running { world: self, name })
     }
 
     /// A call of ctr.
@@ -154,6 +175,11 @@ impl Drop for World {
             }
         }
     }
+}
+
+fn next_name() -> String {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    format!("c{}", NUMBER.fetch_add(1, Ordering::Relaxed))
 }
 
 /// A container to be.

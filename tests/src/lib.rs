@@ -1,6 +1,7 @@
 //! The test node, the images, and what the end-to-end tests and benchmarks share.
 
 pub mod bench;
+pub mod bundle;
 pub mod cache;
 pub mod ctr;
 pub mod debian;

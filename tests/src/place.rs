@@ -107,7 +107,7 @@ impl Job<'_> {
     }
 
     fn on_host(&self, scratch: &Scratch, payload: &Path) -> Result<u8> {
-        debian::install(&["containerd", "runc"])?;
+        debian::install(&["busybox-static", "containerd", "runc"])?;
         let status = Command::new("unshare")
             .args(["--mount", "--propagation", "slave", "--pid", "--mount-proc"])
             .args(["--fork", "--kill-child", "--"])
