@@ -1,6 +1,7 @@
 //! From a request and its specification to what is needed to build a container: everything that can be refused is refused here, before
 //! anything is made.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::PathBuf;
 
@@ -85,7 +86,7 @@ impl Plan {
             propagation: propagation.map(mount::parse_propagation).transpose()?,
             hostname: name(namespaces, "hostname", spec.hostname())?,
             domainname: name(namespaces, "domainname", spec.domainname())?,
-            sysctls: sysctls(linux)?,
+            sysctls: sysctls(linux.sysctl().as_ref().unwrap_or(&HashMap::new()))?,
             masked: linux.masked_paths().clone().unwrap_or_default(),
             read_only_paths: linux.readonly_paths().clone().unwrap_or_default(),
             personality: linux.personality().as_ref().map(|personality| {
@@ -144,10 +145,10 @@ fn name(
     }
 }
 
-/// Settings below `/proc/sys`. Dots in a key separate unless it has slashes.
-fn sysctls(linux: &Linux) -> Result<Vec<(String, String)>, Error> {
-    let asked = linux.sysctl().iter().flatten();
+/// Settings as paths below `/proc/sys` and values. Dots in a key separate unless it has slashes.
+pub fn sysctls(asked: &HashMap<String, String>) -> Result<Vec<(String, String)>, Error> {
     asked
+        .iter()
         .map(|(key, value)| {
             let path = if key.contains('/') {
                 key.clone()

@@ -10,13 +10,14 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 use ttrpc::r#async::TtrpcContext;
 
 use crate::agent::Agent;
+use crate::child::outside;
 use crate::error::{Context, Error};
 use crate::protocol::sandbox::{
-    NextOomRequest, NextOomResponse, SetNetworkRequest, SetNetworkResponse, SetupRequest,
-    SetupResponse,
+    NextOomRequest, NextOomResponse, SetNetworkRequest, SetNetworkResponse, SetRequest,
+    SetResponse, SetupRequest, SetupResponse,
 };
 use crate::protocol::sandbox_ttrpc::Sandbox;
-use crate::{disk, network, sys};
+use crate::{disk, network, plan, sys};
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -85,6 +86,13 @@ impl Sandbox for SandboxService {
     ) -> ttrpc::Result<SetNetworkResponse> {
         network::set(&request)?;
         Ok(SetNetworkResponse::new())
+    }
+
+    async fn set(&self, _: &TtrpcContext, request: SetRequest) -> ttrpc::Result<SetResponse> {
+        for (path, value) in plan::sysctls(&request.sysctls)? {
+            outside::set(&path, &value)?;
+        }
+        Ok(SetResponse::new())
     }
 
     async fn next_oom(

@@ -1,5 +1,6 @@
 //! The microVM of this shim's containers, and the agent in it.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
@@ -8,7 +9,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bulkhead_agent::protocol::STREAM_PORT;
-use bulkhead_agent::protocol::sandbox::{NextOomRequest, SetupRequest};
+use bulkhead_agent::protocol::sandbox::{NextOomRequest, SetRequest, SetupRequest};
 use bulkhead_agent::protocol::sandbox_ttrpc::SandboxClient;
 use containerd_shim_protos::shim_async::TaskClient;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -106,6 +107,23 @@ impl Sandbox {
     {
         self.ask_agent(|client| request(TaskClient::new(client)))
             .await
+    }
+
+    /// Makes settings of the guest's kernel (`linux.sysctl`).
+    pub async fn set(&self, sysctls: HashMap<String, String>) -> Result<(), Error> {
+        if sysctls.is_empty() {
+            return Ok(());
+        }
+        let request = SetRequest {
+            sysctls,
+            ..Default::default()
+        };
+        let request = |client| async move {
+            SandboxClient::new(client)
+                .set(ttrpc::context::Context::default(), &request)
+                .await
+        };
+        self.ask_agent(request).await.map(drop)
     }
 
     /// Waits for the guest's kernel to kill a process for want of memory, and returns its container's identifier.

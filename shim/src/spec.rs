@@ -84,6 +84,11 @@ impl<'a> Spec<'a> {
         Ok(part(&self.linux, "cgroupsPath")?.unwrap_or_default())
     }
 
+    /// The settings of the kernel; empty if there are none.
+    pub fn sysctls(&self) -> Result<HashMap<String, String>, Error> {
+        Ok(part(&self.linux, "sysctl")?.unwrap_or_default())
+    }
+
     /// The limits.
     pub fn resources(&self) -> Result<Option<LinuxResources>, Error> {
         part(&self.linux, "resources")
@@ -256,6 +261,7 @@ mod tests {
             ],
             "linux": {
                 "mountLabel": "y",
+                "sysctl": {"kernel.msgmax": "1"},
                 "cgroupsPath": "/default/c1",
                 "namespaces": [{"type": "network", "path": "/run/netns/x"}, {"type": "pid"}, {"type": "mount"}],
                 "seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "newField": 1e300},
@@ -277,6 +283,7 @@ mod tests {
         assert_eq!(spec.annotations().unwrap()["a"], "b");
         assert_eq!(spec.root().unwrap().path(), Path::new("rootfs"));
         assert!(spec.resources().unwrap().is_none());
+        assert_eq!(spec.sysctls().unwrap()["kernel.msgmax"], "1");
         assert_eq!(spec.cgroups_path().unwrap(), "/default/c1");
         let empty = Spec::parse(b"{}").unwrap();
         assert!(empty.annotations().unwrap().is_empty() && empty.hostname().unwrap().is_empty());

@@ -1,9 +1,10 @@
 //! What a process in a container is, sees and may do.
 
+use bulkhead_agent::protocol::sandbox::SetRequest;
 use serde_json::json;
 use ttrpc::Code;
 
-use crate::guest::{Guest, Outcome, bind, process, spec, status};
+use crate::guest::{Guest, Outcome, bind, context, process, spec, status};
 
 /// Runs a shell command with a changed specification.
 async fn with(
@@ -189,6 +190,27 @@ pub async fn settings_and_names_are_the_containers(guest: &Guest) {
     })
     .await;
     assert_eq!(outcome.output, "77\n4242\ndomain\n");
+}
+
+pub async fn settings_of_the_guest_are_its_containers(guest: &Guest) {
+    let set = |name: &str| {
+        let mut request = SetRequest::new();
+        request.sysctls.insert(name.into(), "pod".into());
+        request
+    };
+    let request = set("kernel.domainname");
+    guest.sandbox.set(context(), &request).await.unwrap();
+    let outcome = with(guest, "cat /proc/sys/kernel/domainname", |spec| {
+        let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.retain(|namespace| namespace["type"] != "uts");
+    })
+    .await;
+    assert_eq!(outcome.output, "pod\n");
+    let outside = set("kernel/../../self/comm");
+    let (code, message) = status(guest.sandbox.set(context(), &outside).await);
+    assert_eq!(code, Code::INVALID_ARGUMENT, "{message}");
+    let (_, message) = status(guest.sandbox.set(context(), &set("no.such")).await);
+    assert!(message.contains("/proc/sys/no/such"), "{message}");
 }
 
 pub async fn limits_and_priorities_are_set(guest: &Guest) {

@@ -53,6 +53,7 @@ tests! {
         a_user_namespace_maps_its_users
         a_time_namespace_has_its_offsets
         settings_and_names_are_the_containers
+        settings_of_the_guest_are_its_containers
         limits_and_priorities_are_set
         an_exec_is_confined_as_its_container
         a_foreign_program_and_a_missing_interpreter_say_what_they_are

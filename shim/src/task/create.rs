@@ -63,6 +63,8 @@ impl Tasks {
         let (pid, streams, slots) = match kind {
             Kind::Sandbox => {
                 let (machine, _) = self.boot(&config, &spec, &annotations, Vec::new()).await?;
+                // The pod's settings: it has no process in the guest that would make them.
+                self.sandbox.set(spec.sysctls()?).await?;
                 (machine.pid(), None, Vec::new())
             }
             Kind::Member | Kind::Single => {
