@@ -10,6 +10,7 @@ mod exec;
 mod failures;
 mod files;
 mod kernels;
+mod machines;
 mod oci;
 mod pods;
 mod recovery;
