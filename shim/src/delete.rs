@@ -19,6 +19,7 @@ use ttrpc::context::{Context, with_duration};
 use crate::args::Args;
 use crate::bootstrap::{ADDRESS, remove_dead_socket};
 use crate::cgroup;
+use crate::network;
 use crate::process::{Exit, KILLED};
 use crate::state::State;
 
@@ -44,6 +45,8 @@ pub enum Error {
     Kill(io::Error),
     #[error(transparent)]
     Cgroup(#[from] cgroup::Error),
+    #[error(transparent)]
+    Network(network::Error),
     #[error("the reply cannot be encoded: {0}")]
     Reply(protobuf::Error),
 }
@@ -60,8 +63,10 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, Error> {
     };
     let mut response = None;
     let cleaned = match State::read(&bundle) {
-        // The bundle of the shim's first task: with it go the shim and the machine.
-        Ok(Some(state)) => end_shim(&state),
+        // The bundle of the shim's first task: with it go the shim and the machine, and what joins it to its network.
+        Ok(Some(state)) => {
+            end_shim(&state).and(network::disconnect(&bundle).map_err(Error::Network))
+        }
         // One of the others, which a shim that lives still has.
         Ok(None) => match socket_of(&bundle) {
             Some(socket) => {

@@ -99,6 +99,19 @@ impl<'a> Spec<'a> {
         self.guest_namespaces().map(drop)
     }
 
+    /// The network namespace on the host: one that is there, or a new one (`None`).
+    ///
+    /// # Errors
+    ///
+    /// A machine cannot be in the network of the host.
+    pub fn network(&self) -> Result<Option<PathBuf>, Error> {
+        let namespaces: Vec<LinuxNamespace> = part(&self.linux, "namespaces")?.unwrap_or_default();
+        let network = |namespace: &&LinuxNamespace| namespace.typ() == LinuxNamespaceType::Network;
+        let network = namespaces.iter().find(network).ok_or(Error::HostNetwork)?;
+        let path = network.path().clone();
+        Ok(path.filter(|path| !path.as_os_str().is_empty()))
+    }
+
     /// The text for the guest: without what the host takes care of, and with mounts in the guest's terms.
     ///
     /// # Errors

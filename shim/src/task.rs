@@ -4,6 +4,7 @@
 //! then asks the guest, then notes what has happened. Questions about state are answered from the table, whatever the machine is doing.
 
 mod create;
+mod network;
 mod requests;
 mod run;
 mod service;
@@ -300,6 +301,7 @@ impl Tasks {
     /// Ends the machine, tells of the ends of all that ran in it, and gives back what it had of the host.
     pub async fn finish(&self) {
         self.sandbox.stop().await;
+        self.disconnect_network();
         self.machine_ended();
         let mut home = self.home.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(Err(error)) = home.stay.take().map(cgroup::Stay::leave) {
