@@ -61,11 +61,16 @@ fn add_veth_down(socket: &mut Socket, name: &str, peer: &str) {
     socket.request(message).unwrap();
 }
 
-/// A pair of interfaces, both up.
+/// A pair of interfaces, both up, without the addresses that the kernel gives when it comes to it.
 fn add_veth(socket: &mut Socket, name: &str, peer: &str) {
     add_veth_down(socket, name, peer);
     for end in [name, peer] {
-        socket.request(link(number_of(end), UP)).unwrap();
+        let index = number_of(end);
+        let no_addresses = link(index, 0).with_nested(26, |message| {
+            message.with_nested(libc::AF_INET6 as u16, |message| message.with(8, &[1]))
+        });
+        socket.request(no_addresses).unwrap();
+        socket.request(link(index, UP)).unwrap();
     }
 }
 
@@ -166,6 +171,7 @@ fn one_kernel_says_what_another_one_said() {
         (eth0, "10.1.0.2", 24),
         (eth0, "10.1.0.3", 32),
         (eth0, "fd00::2", 64),
+        (eth0, "fe80::2", 64),
         (net1, "10.2.0.2", 16),
         (net1, "fd01::2", 128),
     ] {
