@@ -10,6 +10,9 @@ pub const CAPACITY: usize = 64 * 1024;
 /// The most characters of one line that [`Console::tail`] returns.
 const LINE_LIMIT: usize = 256;
 
+/// How Linux begins to tell of its panic.
+const PANIC: &str = "Kernel panic - not syncing";
+
 /// The last [`CAPACITY`] bytes that the guest wrote. Grows with the output: a silent guest costs nothing.
 #[derive(Debug, Default)]
 pub struct Console {
@@ -25,17 +28,19 @@ impl Console {
         self.ring.extend(output);
     }
 
-    /// The last `count` lines that are not empty, made [`printable`].
+    /// The last `count` lines that are not empty, made [`printable`]; after a panic, as many from what the kernel says of it on,
+    /// because the trace that follows may be longer.
     pub fn tail(&self, count: usize) -> Vec<String> {
         let (old, new) = self.ring.as_slices();
         let text = [old, new].concat();
-        let mut lines: Vec<String> = text
-            .rsplit(|&byte| byte == b'\n')
-            .map(|line| printable(line, LINE_LIMIT))
-            .filter(|line| !line.is_empty())
-            .take(count)
-            .collect();
-        lines.reverse();
+        let lines = text
+            .split(|&byte| byte == b'\n')
+            .map(|line| printable(line, LINE_LIMIT));
+        let mut lines: Vec<String> = lines.filter(|line| !line.is_empty()).collect();
+        let last = lines.len().saturating_sub(count);
+        let panic = lines.iter().position(|line| line.contains(PANIC));
+        lines.drain(..panic.map_or(last, |panic| panic.min(last)));
+        lines.truncate(count);
         lines
     }
 }
@@ -97,6 +102,15 @@ mod tests {
         assert_eq!(console.tail(9), ["one", "two", "three"]);
         assert!(console.tail(0).is_empty());
         assert!(Console::default().tail(9).is_empty());
+    }
+
+    #[test]
+    fn a_panic_is_not_pushed_out_by_its_trace() {
+        let panic = "[1.0] Kernel panic - not syncing: why";
+        let long = console(&format!("before\n{panic}\r\n\na\nb\nc\n"));
+        assert_eq!(long.tail(3), [panic, "a", "b"]);
+        assert_eq!(long.tail(5), ["before", panic, "a", "b", "c"]);
+        assert!(long.tail(0).is_empty());
     }
 
     #[test]
