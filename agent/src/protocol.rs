@@ -15,7 +15,8 @@
 //! * `CreateTaskRequest.rootfs` is a list of mounts with sources in the guest's terms, as [`disk_source`] writes them:
 //!   file systems of type `erofs`, `ext4` or `xfs` on disks, and, if there is one of type `overlay`, it is the last: all mounts
 //!   before it are its lower layers, the topmost first, and its upper directory is made on the scratch disk (unless its options contain
-//!   `ro`). Its other options are those of the host's overlay that change what is seen, such as `userxattr` or `index=off`. An `overlay` with no mount before it is a plain empty directory of the scratch disk. Without an `overlay` the list has
+//!   `ro`). Its other options are those of the host's overlay that change what is seen, such as `userxattr` or `index=off`,
+//!   and `uidmap=INSIDE:OUTSIDE:NUMBER` and `gidmap=` for layers whose identities appear mapped. An `overlay` with no mount before it is a plain empty directory of the scratch disk. Without an `overlay` the list has
 //!   exactly one mount, the root itself.
 //! * `stdin`, `stdout` and `stderr`, of Create and of Exec, are empty (`/dev/null`) or a stream's name (see below). With a terminal `stderr` is
 //!   empty.

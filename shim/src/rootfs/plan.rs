@@ -21,12 +21,15 @@ use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::api::Mount;
 
-/// Options of overlayfs that do in the guest what they do on the host.
-const PASSED: [&str; 8] = [
+/// Options of overlayfs that do in the guest what they do on the host, and the two by which a snapshotter asks for the layers of a
+/// container with users of its own to be mapped to them.
+const PASSED: [&str; 10] = [
+    "gidmap",
     "index",
     "metacopy",
     "nfs_export",
     "redirect_dir",
+    "uidmap",
     "userxattr",
     "uuid",
     "volatile",
@@ -346,6 +349,8 @@ mod tests {
             "overlay",
             &[
                 "index=off",
+                "uidmap=0:1000:65536",
+                "gidmap=0:1000:65536",
                 "workdir=/s/9/work",
                 "upperdir=/s/9/fs",
                 "lowerdir=/s/3/fs:/s/1/fs",
@@ -356,7 +361,7 @@ mod tests {
             Plan::of(&[active]),
             layers(
                 vec![upper, lower("/s/3/fs"), lower("/s/1/fs")],
-                Some(&["index=off"])
+                Some(&["index=off", "uidmap=0:1000:65536", "gidmap=0:1000:65536"])
             )
         );
         let view = mount(
@@ -497,8 +502,8 @@ mod tests {
                 "ext4, overlay",
             ),
             (
-                &[mount("overlay", "", &["lowerdir=/a", "uidmap=0:1:2"])],
-                "uidmap=0:1:2",
+                &[mount("overlay", "", &["lowerdir=/a", "shiny=1"])],
+                "shiny=1",
             ),
             (&[mount("overlay", "", &["lowerdir+=/a"])], "lowerdir+"),
             (
