@@ -21,7 +21,7 @@ use crate::site::{self, Site};
 use crate::step;
 
 /// How long one call of ctr may take, on an emulated node with other work to do.
-const CALL_LIMIT: Duration = Duration::from_secs(300);
+const CALL_LIMIT: Duration = Duration::from_secs(600);
 
 /// How long it may take until nothing is left of what has ended.
 const SETTLE_LIMIT: Duration = Duration::from_secs(30);
