@@ -19,10 +19,18 @@ fn main() -> ExitCode {
     if nix::sys::prctl::set_dumpable(false).is_err() {
         return ExitCode::FAILURE;
     }
+    use_one_arena();
     match machine::serve(control) {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }
+}
+
+/// Has all threads allocate from one arena. The C library gives back memory of further ones only after it has read
+/// `/proc/sys/vm/overcommit_memory`, and a device's thread may not open a file.
+fn use_one_arena() {
+    // SAFETY: numbers only, before there is a second thread. It fails for numbers that do not exist.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 /// Takes the control socket, if that is what the descriptor is.
