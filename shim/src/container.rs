@@ -4,6 +4,8 @@
 //! the order of the changes: the start of a process before its end, and the end of the init after the ends of all its execs.
 
 use std::collections::{HashMap, HashSet};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use containerd_shim_protos::events::task::{
@@ -13,6 +15,7 @@ use protobuf::MessageField;
 
 use crate::annotations::Kind;
 use crate::events::Publisher;
+use crate::hooks::Hooks;
 use crate::process::{Change, Exit, Phase, Process};
 
 /// A container.
@@ -24,8 +27,10 @@ pub struct Container {
     pub bundle: String,
     /// What it is to the machine.
     pub kind: Kind,
-    /// The host's process that stands for it: the virtual machine monitor.
-    pub pid: u32,
+    /// The network namespace on the host that its processes are in.
+    pub network: Arc<OwnedFd>,
+    /// The programs of the host that want to know of its start and its end.
+    pub hooks: Hooks,
     /// The PCI device numbers of its disks.
     pub slots: Vec<u8>,
     /// Its first process.
@@ -68,17 +73,18 @@ impl Container {
         if process.change(Change::Started).is_err() {
             return;
         }
+        let pid = process.pid;
         if exec_id.is_empty() {
             events.publish(&TaskStart {
                 container_id: self.id.clone(),
-                pid: self.pid,
+                pid,
                 ..Default::default()
             });
         } else {
             events.publish(&TaskExecStarted {
                 container_id: self.id.clone(),
                 exec_id: exec_id.to_owned(),
-                pid: self.pid,
+                pid,
                 ..Default::default()
             });
         }
@@ -96,6 +102,8 @@ impl Container {
         if !exec_id.is_empty() {
             // Its client waits for the end of its output before it deletes it.
             process.streams = None;
+            process.stand_in = None;
+            process.pid = 0;
             if let Some(exit) = process.held.take() {
                 process.end(exit);
             }
@@ -127,10 +135,10 @@ impl Container {
     /// Tells the ends that can be told: none before its start, and the init's last.
     fn tell_ends(&mut self, events: &Publisher) {
         for (exec_id, process) in &mut self.execs {
-            tell_end(&self.id, exec_id, self.pid, process, events);
+            tell_end(&self.id, exec_id, process, events);
         }
         if !self.execs.values().any(Process::is_alive) {
-            tell_end(&self.id, &self.id, self.pid, &mut self.init, events);
+            tell_end(&self.id, &self.id, &mut self.init, events);
         }
     }
 
@@ -173,7 +181,7 @@ impl Container {
     pub fn deleted(&self, exit: Exit, events: &Publisher) {
         events.publish(&TaskDelete {
             container_id: self.id.clone(),
-            pid: self.pid,
+            pid: self.init.pid,
             exit_status: exit.status,
             exited_at: MessageField::some(exit.timestamp()),
             ..Default::default()
@@ -181,7 +189,7 @@ impl Container {
     }
 }
 
-fn tell_end(container_id: &str, id: &str, pid: u32, process: &mut Process, events: &Publisher) {
+fn tell_end(container_id: &str, id: &str, process: &mut Process, events: &Publisher) {
     if process.phase == Phase::Starting {
         return;
     }
@@ -192,7 +200,7 @@ fn tell_end(container_id: &str, id: &str, pid: u32, process: &mut Process, event
     events.publish(&TaskExit {
         container_id: container_id.to_owned(),
         id: id.to_owned(),
-        pid,
+        pid: process.pid,
         exit_status: exit.status,
         exited_at: MessageField::some(exit.timestamp()),
         ..Default::default()
@@ -209,12 +217,17 @@ mod tests {
     /// A running container with execs in the phase `Running`, and its events so far taken.
     fn container(execs: &[&str]) -> (Container, Publisher) {
         let events = Publisher::to_nobody();
-        let process = || Process::new(Stdio::default(), None);
+        let process = || {
+            let mut process = Process::new(Stdio::default(), None);
+            process.pid = 9;
+            process
+        };
         let mut container = Container {
             id: "c".into(),
             bundle: "/b".into(),
             kind: Kind::Single,
-            pid: 9,
+            network: Arc::new(std::fs::File::open("/dev/null").unwrap().into()),
+            hooks: Hooks::default(),
             slots: Vec::new(),
             init: process(),
             execs: HashMap::new(),
@@ -240,7 +253,7 @@ mod tests {
             match topic.as_str() {
                 "exit" => {
                     let exit = TaskExit::parse_from_bytes(&message).unwrap();
-                    assert_eq!((exit.container_id.as_str(), exit.pid), ("c", 9));
+                    assert_eq!(exit.container_id, "c");
                     assert!(exit.exited_at.seconds > 0);
                     format!("exit {} {}", exit.id, exit.exit_status)
                 }

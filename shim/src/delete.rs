@@ -19,8 +19,10 @@ use ttrpc::context::{Context, with_duration};
 use crate::args::Args;
 use crate::bootstrap::{ADDRESS, remove_dead_socket};
 use crate::cgroup;
+use crate::hooks::Stage;
 use crate::network;
 use crate::process::{Exit, KILLED};
+use crate::spec::Spec;
 use crate::state::State;
 
 /// How long a shim that ends of itself may take. containerd calls `delete` as soon as it has the answer to Shutdown.
@@ -31,6 +33,9 @@ const KILL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long a shim that lives may take to end and delete one of its containers.
 const ASK_PATIENCE: Duration = Duration::from_secs(3);
+
+/// How long the hooks of a container whose shim is dead may take, of the five seconds.
+const HOOK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Why something was left behind.
 #[derive(Debug, thiserror::Error)]
@@ -78,6 +83,9 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, Error> {
         Err(source) => Err(failed("read the shim's state in", &bundle)(source)),
     };
     let unmounted = unmount(&bundle.join("rootfs"));
+    if response.is_none() {
+        run_hooks(&bundle, &args.id);
+    }
     cleaned.and(unmounted)?;
     let exit = Exit::now(KILLED);
     response
@@ -105,6 +113,30 @@ fn end_shim(state: &State) -> Result<(), Error> {
     killed.and(removed).and(socket)
 }
 
+/// Runs the hooks that come after the end of a container, which the shim could not. A bundle may be half made: then there are none.
+fn run_hooks(bundle: &Path, id: &str) {
+    let Ok(json) = std::fs::read(bundle.join("config.json")) else {
+        return;
+    };
+    let path = bundle.display().to_string();
+    let hooks = Spec::parse(&json).and_then(|spec| spec.hooks(id, &path));
+    let Ok(hooks) = hooks else { return };
+    if hooks.of(Stage::Poststop).is_empty() {
+        return;
+    }
+    // What they say has no reader here.
+    if let Ok(runtime) = runtime() {
+        let run = hooks.run_all(Stage::Poststop, None);
+        let _ = runtime.block_on(async { tokio::time::timeout(HOOK_PATIENCE, run).await });
+    }
+}
+
+fn runtime() -> io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+}
+
 /// The socket of the shim that `start` found or made for this bundle.
 fn socket_of(bundle: &Path) -> Option<PathBuf> {
     let address = std::fs::read_to_string(bundle.join(ADDRESS)).ok()?;
@@ -113,10 +145,7 @@ fn socket_of(bundle: &Path) -> Option<PathBuf> {
 
 /// Has a shim that lives end and delete one of its containers; `None` if it does not live, or cannot.
 fn ask_shim(socket: &Path, id: &str) -> Option<DeleteResponse> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .ok()?;
+    let runtime = runtime().ok()?;
     let ask = async {
         let stream = UnixStream::connect(socket).await.ok()?;
         let shim = TaskClient::new(Client::new(stream.into()));
@@ -241,6 +270,22 @@ mod tests {
             scope.spawn(|| call(dir.path()).unwrap());
             assert!(ending.wait().unwrap().success());
         });
+    }
+
+    #[test]
+    fn hooks_that_the_shim_did_not_live_to_run_are_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let mark = dir.path().join("mark");
+        let config = serde_json::json!({
+            "hooks": {"poststop": [{"path": "/bin/sh", "args": ["sh", "-c", format!("cat >{}", mark.display())]}]},
+        });
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        call(dir.path()).unwrap();
+        let state = std::fs::read_to_string(mark).unwrap();
+        assert!(
+            state.contains(r#""status":"stopped""#) && state.contains(r#""id":"c1""#),
+            "{state}"
+        );
     }
 
     #[test]

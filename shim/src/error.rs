@@ -8,7 +8,9 @@ use ttrpc::{Code, get_status};
 use crate::annotations::UnknownKind;
 use crate::logging::truncate;
 use crate::process::Phase;
-use crate::{affinity, cgroup, config, machine, network, options, rootfs, sizing, spec, streams};
+use crate::{
+    affinity, cgroup, config, hooks, machine, network, options, rootfs, sizing, spec, streams,
+};
 
 /// The longest text of an error from the guest that is passed on, in bytes.
 const MAX_GUEST_TEXT: usize = 4096;
@@ -70,6 +72,10 @@ pub enum Error {
     Rootfs(#[from] rootfs::Error),
     #[error(transparent)]
     Spec(#[from] spec::Error),
+    #[error(transparent)]
+    Hook(#[from] hooks::Error),
+    #[error("start the host's process that stands for one of the guest: {0}")]
+    StandIn(io::Error),
     #[error(transparent)]
     Streams(#[from] streams::Error),
     #[error(transparent)]
@@ -133,10 +139,14 @@ impl Error {
             Self::Affinity(_) => Code::INVALID_ARGUMENT,
             Self::Rootfs(error) => error.code(),
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
-            Self::Io { .. } | Self::Stream(_) | Self::Entropy(_) => Code::INTERNAL,
+            Self::Io { .. }
+            | Self::Stream(_)
+            | Self::Entropy(_)
+            | Self::Hook(_)
+            | Self::StandIn(_) => Code::INTERNAL,
             Self::Spec(error) => match error {
                 spec::Error::Json { .. } | spec::Error::HostNetwork => Code::INVALID_ARGUMENT,
-                spec::Error::Hook(_) | spec::Error::HostMount { .. } => Code::UNIMPLEMENTED,
+                spec::Error::HostMount { .. } => Code::UNIMPLEMENTED,
             },
             Self::Streams(_) => Code::INVALID_ARGUMENT,
             Self::Network(error) => match error {

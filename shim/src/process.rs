@@ -5,6 +5,7 @@ use std::time::SystemTime;
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::watch;
 
+use crate::stand_in::StandIn;
 use crate::streams::{Stdio, Streams};
 
 /// Where a process is in its life.
@@ -107,6 +108,10 @@ pub struct Process {
     pub phase: Phase,
     /// An end that is not to be told yet.
     pub held: Option<Exit>,
+    /// The number of the host's process that stands for it; 0 before there is one.
+    pub pid: u32,
+    /// That process, until this one ends.
+    pub stand_in: Option<StandIn>,
     /// Its streams, as containerd named them.
     pub stdio: Stdio,
     /// Its streams at work.
@@ -122,11 +127,19 @@ impl Process {
         Self {
             phase: Phase::Created,
             held: None,
+            pid: 0,
+            stand_in: None,
             stdio,
             streams,
             deleting: false,
             exit: watch::Sender::new(None),
         }
+    }
+
+    /// Has a process of the host stand for it, until it ends.
+    pub fn represent(&mut self, stand_in: StandIn) {
+        self.pid = stand_in.pid();
+        self.stand_in = Some(stand_in);
     }
 
     /// Changes the phase; an error is the phase that does not allow it.
@@ -141,6 +154,7 @@ impl Process {
             if let Some(streams) = &mut self.streams {
                 streams.process_ended();
             }
+            self.stand_in = None;
             self.exit.send_replace(Some(exit));
         }
     }

@@ -56,7 +56,7 @@ async fn run(
     let mut interrupt = signal(SignalKind::interrupt())?;
     let address = std::env::var(TTRPC_ADDRESS).unwrap_or_default();
     let events = Publisher::new(&args.namespace, &address);
-    let tasks = Tasks::new(&args.namespace, events.clone(), bundle, socket.to_owned());
+    let tasks = Tasks::new(&args.namespace, events.clone(), bundle, socket.to_owned())?;
     let mut server = Server::new()
         .add_listener(Listener::try_from(listener)?)
         .register_service(services(tasks.clone()));

@@ -12,6 +12,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::{RawValue, to_raw_value};
 
+use crate::hooks::{Hooks, Stage, Subject};
+
 /// Why a container's specification cannot be carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -24,10 +26,6 @@ pub enum Error {
         "the network namespace of the host was asked for, which a microVM cannot be in; give the container a network of its own"
     )]
     HostNetwork,
-    #[error(
-        "hooks.{0}: programs of the host are not run for a microVM's containers yet; remove the hook"
-    )]
-    Hook(String),
     #[error(
         "mounts: {} at {}: files of the host cannot be mounted in a microVM yet; put them into the image, or use a tmpfs", path.display(), destination.display()
     )]
@@ -43,9 +41,6 @@ pub struct Spec<'a> {
     fields: Object<'a>,
     linux: Object<'a>,
 }
-
-/// Hooks that are programs of the host. The others run in the container.
-const HOST_HOOKS: [&str; 4] = ["prestart", "createRuntime", "poststart", "poststop"];
 
 /// Fields of a process that name objects of the host's security modules: they confine it against the host's kernel, which it never meets.
 const HOST_LABELS: [&str; 2] = ["apparmorProfile", "selinuxLabel"];
@@ -94,11 +89,6 @@ impl<'a> Spec<'a> {
         part(&self.linux, "resources")
     }
 
-    /// Refuses the network of the host.
-    pub fn check_network(&self) -> Result<(), Error> {
-        self.guest_namespaces().map(drop)
-    }
-
     /// The network namespace on the host: one that is there, or a new one (`None`).
     ///
     /// # Errors
@@ -112,20 +102,39 @@ impl<'a> Spec<'a> {
         Ok(path.filter(|path| !path.as_os_str().is_empty()))
     }
 
+    /// The hooks that are programs of the host, and what they are told of a container and its bundle.
+    pub fn hooks(&self, id: &str, bundle: &str) -> Result<Hooks, Error> {
+        let Some(text) = self.fields.get("hooks") else {
+            return Ok(Hooks::default());
+        };
+        let all = object("hooks", text.get().as_bytes())?;
+        let mut programs = HashMap::new();
+        for stage in Stage::ALL {
+            if let Some(hooks) = part(&all, stage.name())? {
+                programs.insert(stage.name(), hooks);
+            }
+        }
+        let subject = Subject {
+            oci_version: part(&self.fields, "ociVersion")?.unwrap_or_default(),
+            id: id.to_owned(),
+            bundle: bundle.to_owned(),
+            annotations: self.annotations()?,
+        };
+        Ok(Hooks { programs, subject })
+    }
+
     /// The text for the guest: without what the host takes care of, and with mounts in the guest's terms.
     ///
     /// # Errors
     ///
     /// What neither the host nor the guest can do is refused by name.
     pub fn for_guest(&self) -> Result<Vec<u8>, Error> {
-        let hooks: Option<HashMap<String, Vec<&RawValue>>> = part_borrowed(&self.fields, "hooks")?;
-        for (kind, hooks) in hooks.iter().flatten() {
-            if HOST_HOOKS.contains(&kind.as_str()) && !hooks.is_empty() {
-                return Err(Error::Hook(kind.clone()));
-            }
-        }
         let mut linux = self.linux.clone();
-        let namespaces = to_text("namespaces", &self.guest_namespaces()?)?;
+        let mut namespaces: Vec<LinuxNamespace> =
+            part(&self.linux, "namespaces")?.unwrap_or_default();
+        // The guest's network is the sandbox's. Namespaces of other kinds that have a path are too, as the agent takes it.
+        namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+        let namespaces = to_text("namespaces", &namespaces)?;
         linux.insert("namespaces".into(), namespaces);
         linux.remove("mountLabel");
         if let Some(resources) = self.linux.get("resources") {
@@ -144,19 +153,6 @@ impl<'a> Spec<'a> {
             fields.insert("process".into(), process);
         }
         serde_json::to_vec(&fields).map_err(json_error("config.json"))
-    }
-
-    /// The namespaces that the guest makes: its network is the sandbox's. Those of other kinds that have a path are too, as the agent
-    /// takes it.
-    fn guest_namespaces(&self) -> Result<Vec<LinuxNamespace>, Error> {
-        let mut namespaces: Vec<LinuxNamespace> =
-            part(&self.linux, "namespaces")?.unwrap_or_default();
-        let all = namespaces.len();
-        namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
-        if namespaces.len() == all {
-            return Err(Error::HostNetwork);
-        }
-        Ok(namespaces)
     }
 }
 
@@ -322,18 +318,45 @@ mod tests {
     }
 
     #[test]
+    fn the_host_reads_networks_and_hooks() {
+        let mut config = config();
+        let network = |config: &Value| {
+            let text = config.to_string();
+            let network = Spec::parse(text.as_bytes()).unwrap().network();
+            network.unwrap()
+        };
+        assert_eq!(network(&config), Some("/run/netns/x".into()));
+        for new in [
+            json!({"type": "network"}),
+            json!({"type": "network", "path": ""}),
+        ] {
+            config["linux"]["namespaces"][0] = new;
+            assert_eq!(network(&config), None);
+        }
+        config["hooks"] = json!({
+            "poststop": [{"path": "/a"}, {"path": "/b", "timeout": 3}],
+            "startContainer": [{"path": "/x"}],
+        });
+        let text = config.to_string();
+        let hooks = Spec::parse(text.as_bytes())
+            .unwrap()
+            .hooks("c1", "/bundle")
+            .unwrap();
+        assert_eq!(hooks.programs.len(), 1);
+        assert_eq!(hooks.programs["poststop"][1].timeout(), Some(3));
+        assert_eq!(hooks.subject.oci_version, "1.2.0");
+        assert_eq!(hooks.subject.annotations["a"], "b");
+        // They are the host's as they are: the guest does not read them.
+        assert!(guest(&config).is_ok());
+    }
+
+    #[test]
     fn what_cannot_be_done_is_named() {
         let mut host = config();
         host["linux"]["namespaces"] = json!([{"type": "mount"}]);
-        assert!(matches!(guest(&host), Err(Error::HostNetwork)));
         let text = host.to_string();
-        let network = Spec::parse(text.as_bytes()).unwrap().check_network();
+        let network = Spec::parse(text.as_bytes()).unwrap().network();
         assert!(matches!(network, Err(Error::HostNetwork)));
-        let mut hook = config();
-        hook["hooks"] = json!({"startContainer": [{"path": "/x"}], "poststop": []});
-        assert!(guest(&hook).is_ok());
-        hook["hooks"]["prestart"] = json!([{"path": "/x"}]);
-        assert!(matches!(guest(&hook), Err(Error::Hook(kind)) if kind == "prestart"));
         let mut mount = config();
         mount["mounts"][0] =
             json!({"destination": "/mnt", "source": "/data", "options": ["rbind", "ro"]});

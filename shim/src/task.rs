@@ -5,11 +5,13 @@
 
 mod create;
 mod network;
+mod represent;
 mod requests;
 mod run;
 mod service;
 
 use std::collections::HashMap;
+use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -31,6 +33,7 @@ use crate::events::Publisher;
 use crate::logger::Owner;
 use crate::process::{Exit, KILLED, Phase, Process};
 use crate::sandbox::Sandbox;
+use crate::stand_in::{self, Mailbox};
 
 /// At most one event for want of memory in this time, for each container: a hostile guest can make up any number.
 const OOM_INTERVAL: Duration = Duration::from_secs(1);
@@ -44,6 +47,8 @@ pub struct Tasks {
     affinity: Affinity,
     home: Mutex<Home>,
     table: Mutex<Table>,
+    /// Where the host's processes that stand for the guest's get their signals.
+    mailbox: Arc<Mailbox>,
     closed: Notify,
 }
 
@@ -105,9 +110,15 @@ impl Drop for Reservation<'_> {
 }
 
 impl Tasks {
-    /// No tasks yet. `bundle` is that of the first, and `socket` where the shim listens.
-    pub fn new(namespace: &str, events: Publisher, bundle: PathBuf, socket: PathBuf) -> Arc<Self> {
-        Arc::new(Self {
+    /// No tasks yet. `bundle` is that of the first, and `socket` where the shim listens. Needs the runtime of tokio.
+    pub fn new(
+        namespace: &str,
+        events: Publisher,
+        bundle: PathBuf,
+        socket: PathBuf,
+    ) -> io::Result<Arc<Self>> {
+        let (mailbox, signals) = stand_in::signals()?;
+        let tasks = Arc::new(Self {
             namespace: namespace.to_owned(),
             events,
             sandbox: Sandbox::default(),
@@ -118,8 +129,11 @@ impl Tasks {
                 stay: None,
             }),
             table: Mutex::default(),
+            mailbox: Arc::new(mailbox),
             closed: Notify::new(),
-        })
+        });
+        tasks.pass_signals_on(signals);
+        Ok(tasks)
     }
 
     /// Whose output it is, for logging programs.
@@ -182,7 +196,7 @@ impl Tasks {
                 id: container.id.clone(),
                 exec_id: request.exec_id.clone(),
                 bundle: container.bundle.clone(),
-                pid: container.pid,
+                pid: process.pid,
                 status: status(process.phase).into(),
                 stdin: process.stdio.stdin.clone(),
                 stdout: process.stdio.stdout.clone(),
@@ -214,7 +228,7 @@ impl Tasks {
     fn connect(&self, id: &str) -> Result<ConnectResponse, Error> {
         let task_pid = match id {
             "" => 0,
-            id => self.with(id, |container| Ok(container.pid))?,
+            id => self.with(id, |container| Ok(container.init.pid))?,
         };
         Ok(ConnectResponse {
             shim_pid: std::process::id(),

@@ -23,6 +23,7 @@ use crate::config::Config;
 use crate::container::Container;
 use crate::disk::DiskFiles;
 use crate::error::Error;
+use crate::hooks::Stage;
 use crate::machine::{self, CMDLINE, Machine, MachineSpec, Reason};
 use crate::options::Options;
 use crate::process::Process;
@@ -31,6 +32,15 @@ use crate::sizing::{self, Host};
 use crate::spec::Spec;
 use crate::state::{ProcessId, State};
 use crate::streams::{Ends, Stdio, Streams};
+
+/// What a container is made from.
+struct Bundled<'a> {
+    request: &'a CreateTaskRequest,
+    config: &'a Config,
+    spec: &'a Spec<'a>,
+    annotations: &'a HashMap<String, String>,
+    for_guest: Vec<u8>,
+}
 
 impl Tasks {
     /// Makes a container, and returns the number of the host's process that stands for it. If its client, which holds the other end of
@@ -50,8 +60,9 @@ impl Tasks {
         let kind = Kind::of(&annotations)?;
         let config = load_config(request.options.as_ref(), &bundle)?;
         // What the guest cannot do is refused before there is one.
+        let network = spec.network()?;
         let for_guest = match kind {
-            Kind::Sandbox => spec.check_network().map(|()| Vec::new())?,
+            Kind::Sandbox => Vec::new(),
             Kind::Member | Kind::Single => spec.for_guest()?,
         };
         let stdio = Stdio {
@@ -60,60 +71,52 @@ impl Tasks {
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
-        let (pid, streams, slots) = match kind {
-            Kind::Sandbox => {
-                let (machine, _) = self.boot(&config, &spec, &annotations, Vec::new()).await?;
-                // The pod's settings: it has no process in the guest that would make them.
-                self.sandbox.set(spec.sysctls()?).await?;
-                (machine.pid(), None, Vec::new())
+        let hooks = spec.hooks(&request.id, &request.bundle)?;
+        if kind == Kind::Member {
+            self.sandbox.machine()?;
+        } else {
+            self.enter_cgroup(&spec.cgroups_path()?)?;
+        }
+        let (stand_in, network) = self.stand_in_for_init(&request.id, network.as_deref())?;
+        let pid = stand_in.pid();
+        let bundled = Bundled {
+            request: &request,
+            config: &config,
+            spec: &spec,
+            annotations: &annotations,
+            for_guest,
+        };
+        let made = async {
+            for stage in [Stage::Prestart, Stage::CreateRuntime] {
+                hooks.run(stage, Some(pid)).await?;
             }
-            Kind::Member | Kind::Single => {
-                let ends = Ends::open(&stdio, &self.owner(&request.id)).await?;
-                let files = rootfs::prepare(&config, &request.id, root(&request, &spec)?);
-                let (machine, files, slots) = match kind {
-                    Kind::Single => self.boot_for(&config, &spec, &annotations, files).await?,
-                    _ => {
-                        let (disks, mounts) = files.await?.into_parts();
-                        (
-                            self.sandbox.machine()?,
-                            mounts,
-                            self.sandbox.attach(disks).await?,
-                        )
-                    }
-                };
-                let resources = spec.resources()?;
-                let pinned = self
-                    .affinity
-                    .set(&request.id, machine.pid(), resources.as_ref());
-                let created = match pinned {
-                    Ok(()) => {
-                        self.create_in_guest(&request, for_guest, ends, files.at(&slots))
-                            .await
-                    }
-                    Err(error) => Err(error.into()),
-                };
-                match created {
-                    Ok(streams) => (machine.pid(), Some(streams), slots),
-                    Err(error) => {
-                        self.sandbox.detach(&slots).await;
-                        return Err(error);
-                    }
-                }
+            self.make(kind, bundled, &stdio).await
+        };
+        let (streams, slots) = match made.await {
+            Ok(made) => made,
+            Err(error) => {
+                drop(stand_in);
+                hooks.run_all(Stage::Poststop, None).await;
+                return Err(error);
             }
         };
+        let mut init = Process::new(stdio, streams);
+        init.represent(stand_in);
         let container = Container {
             id: request.id.clone(),
             bundle: request.bundle.clone(),
             kind,
-            pid,
+            network: Arc::new(network),
+            hooks,
             slots,
-            init: Process::new(stdio, streams),
+            init,
             execs: HashMap::new(),
             adding: HashSet::new(),
             last_oom: None,
         };
         let id = request.id.clone();
         reservation.fill(container, |events| events.publish(&created(request, pid)));
+        self.watch_stand_in(&id, "");
         if kind != Kind::Sandbox {
             self.watch(&id, "");
         }
@@ -122,6 +125,49 @@ impl Tasks {
             self.discard(&id).await?;
         }
         Ok(pid)
+    }
+
+    /// Makes a container in its machine, which is started if it is not there, and returns its streams at work and the slots of its disks.
+    async fn make(
+        self: &Arc<Self>,
+        kind: Kind,
+        bundled: Bundled<'_>,
+        stdio: &Stdio,
+    ) -> Result<(Option<Streams>, Vec<u8>), Error> {
+        let Bundled {
+            request,
+            config,
+            spec,
+            annotations,
+            for_guest,
+        } = bundled;
+        if kind == Kind::Sandbox {
+            self.boot(config, spec, annotations, Vec::new()).await?;
+            // The pod's settings: it has no process in the guest that would make them.
+            self.sandbox.set(spec.sysctls()?).await?;
+            return Ok((None, Vec::new()));
+        }
+        let ends = Ends::open(stdio, &self.owner(&request.id)).await?;
+        let files = rootfs::prepare(config, &request.id, root(request, spec)?);
+        let (files, slots) = if kind == Kind::Single {
+            self.boot_for(config, spec, annotations, files).await?
+        } else {
+            let (disks, mounts) = files.await?.into_parts();
+            (mounts, self.sandbox.attach(disks).await?)
+        };
+        let created = async {
+            let (vmm, resources) = (self.sandbox.machine()?.pid(), spec.resources()?);
+            self.affinity.set(&request.id, vmm, resources.as_ref())?;
+            self.create_in_guest(request, for_guest, ends, files.at(&slots))
+                .await
+        };
+        match created.await {
+            Ok(streams) => Ok((Some(streams), slots)),
+            Err(error) => {
+                self.sandbox.detach(&slots).await;
+                Err(error)
+            }
+        }
     }
 
     /// Starts the machine for a container, with its files, and returns them and the slots of their disks.
@@ -134,7 +180,7 @@ impl Tasks {
         spec: &Spec<'_>,
         annotations: &HashMap<String, String>,
         files: impl Future<Output = Result<Rootfs, rootfs::Error>>,
-    ) -> Result<(&Machine, Mounts, Vec<u8>), Error> {
+    ) -> Result<(Mounts, Vec<u8>), Error> {
         let mut files = pin!(files);
         let at_hand = tokio::select! {
             biased;
@@ -142,13 +188,13 @@ impl Tasks {
             () = std::future::ready(()) => None,
         };
         if let Some((disks, mounts)) = at_hand {
-            let (machine, slots) = self.boot(config, spec, annotations, disks).await?;
-            return Ok((machine, mounts, slots));
+            let slots = self.boot(config, spec, annotations, disks).await?;
+            return Ok((mounts, slots));
         }
         let boot = self.boot(config, spec, annotations, Vec::new());
-        let ((machine, _), files) = tokio::try_join!(boot, async { Ok(files.await?) })?;
+        let (_, files) = tokio::try_join!(boot, async { Ok(files.await?) })?;
         let (disks, mounts) = files.into_parts();
-        Ok((machine, mounts, self.sandbox.attach(disks).await?))
+        Ok((mounts, self.sandbox.attach(disks).await?))
     }
 
     /// Starts the machine, unless it runs (containers without a pod may share one), and returns the slots of these disks.
@@ -158,13 +204,12 @@ impl Tasks {
         spec: &Spec<'_>,
         annotations: &HashMap<String, String>,
         mut disks: Vec<DiskFiles>,
-    ) -> Result<(&Machine, Vec<u8>), Error> {
+    ) -> Result<Vec<u8>, Error> {
         let mut is_new = false;
         let machine_spec = async {
             is_new = true;
             let resources = spec.resources()?;
             let size = sizing::size(annotations, resources.as_ref(), config, Host::read()?)?;
-            self.enter_cgroup(&spec.cgroups_path()?)?;
             disks.insert(0, rootfs::scratch(config).await?);
             let mut cmdline = CMDLINE.to_owned();
             if !config.kernel_params.is_empty() {
@@ -187,12 +232,9 @@ impl Tasks {
         if is_new {
             self.watch_machine(machine);
             // The first is the scratch disk.
-            return Ok((
-                machine,
-                machine.disk_slots().iter().skip(1).copied().collect(),
-            ));
+            return Ok(machine.disk_slots().iter().skip(1).copied().collect());
         }
-        Ok((machine, self.sandbox.attach(disks).await?))
+        self.sandbox.attach(disks).await
     }
 
     /// Moves the shim, and so the machine, into the pod's control group. What is left of it if the shim is killed is written down first.

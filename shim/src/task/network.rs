@@ -1,16 +1,14 @@
 //! When the guest gets the network of its pod: as late as it can be, so that nothing is missed that is put into the network namespace
 //! between Create and Start.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::sync::PoisonError;
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError};
 
 use super::Tasks;
 use crate::annotations::Kind;
 use crate::error::Error;
 use crate::network;
 use crate::process::Phase;
-use crate::spec::Spec;
 
 impl Tasks {
     /// Gives the guest what the network namespace of a container holds that is about to start, unless it is one of several in a pod,
@@ -18,17 +16,13 @@ impl Tasks {
     pub(super) async fn connect_network(&self, id: &str) -> Result<(), Error> {
         let found = self.with(id, |container| {
             let first = container.init.phase == Phase::Created && container.kind != Kind::Member;
-            Ok(first.then(|| (container.bundle.clone(), container.pid)))
+            Ok(first.then(|| Arc::clone(&container.network)))
         })?;
-        let Some((bundle, pid)) = found else {
+        let Some(namespace) = found else {
             return Ok(());
         };
-        let path = match named(Path::new(&bundle))? {
-            Some(path) => path,
-            None => format!("/proc/{pid}/ns/net").into(),
-        };
-        let namespace = File::open(&path).map_err(failed("open", path))?;
-        self.sandbox.connect(namespace.into(), self.home()).await
+        let namespace = namespace.try_clone().map_err(Error::StandIn)?;
+        self.sandbox.connect(namespace, self.home()).await
     }
 
     /// Takes away what is left of the network on the host.
@@ -42,20 +36,5 @@ impl Tasks {
     fn home(&self) -> PathBuf {
         let home = self.home.lock().unwrap_or_else(PoisonError::into_inner);
         home.bundle.clone()
-    }
-}
-
-/// The network namespace that a bundle names; none if it is to have a new one.
-fn named(bundle: &Path) -> Result<Option<PathBuf>, Error> {
-    let path = bundle.join("config.json");
-    let json = std::fs::read(&path).map_err(failed("read", path))?;
-    Ok(Spec::parse(&json)?.network()?)
-}
-
-fn failed(operation: &'static str, path: PathBuf) -> impl FnOnce(std::io::Error) -> Error {
-    move |source| Error::Io {
-        operation,
-        path,
-        source,
     }
 }

@@ -1,10 +1,13 @@
 //! Requests about a container as it is: its processes, limits and use, freezing, terminals, standard input.
 
+use std::collections::HashMap;
+
 use containerd_shim_protos::api::{
     CloseIORequest, PauseRequest, PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest,
     ResumeRequest, StatsRequest, StatsResponse, UpdateTaskRequest,
 };
 use containerd_shim_protos::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, PidsStat};
+use containerd_shim_protos::shim::oci::ProcessDetails;
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use ttrpc::Code;
@@ -23,10 +26,14 @@ const METRICS_TYPE_URL: &str = "io.containerd.cgroups.v2.Metrics";
 const DETAILS_TYPE_URL: &str = "containerd.runc.v1.ProcessDetails";
 
 impl Tasks {
-    /// The processes of a container. All have the number of the host's process that stands for the container: the guest's mean nothing here.
+    /// The processes of a container. Init and execs have the numbers of the host's processes that stand for them. The others, which they have
+    /// started, have the init's: the guest's mean nothing here.
     pub(super) async fn pids(&self, request: PidsRequest) -> Result<PidsResponse, Error> {
-        let (kind, phase, pid) = self.with(&request.id, |container| {
-            Ok((container.kind, container.init.phase, container.pid))
+        let (kind, phase, pid, execs) = self.with(&request.id, |container| {
+            let execs = container.execs.iter();
+            let execs: HashMap<_, _> = execs.map(|(id, exec)| (id.clone(), exec.pid)).collect();
+            let init = &container.init;
+            Ok((container.kind, init.phase, init.pid, execs))
         })?;
         let processes = match (kind, phase) {
             (_, Phase::Stopped) => Vec::new(),
@@ -38,14 +45,19 @@ impl Tasks {
                     .processes
             }
         };
-        let on_host = |process: ProcessInfo| ProcessInfo {
-            pid,
-            info: process
-                .info
-                .into_option()
-                .filter(|info| info.type_url == DETAILS_TYPE_URL)
-                .into(),
-            ..Default::default()
+        let on_host = |process: ProcessInfo| {
+            let info = process.info.into_option();
+            let info = info.filter(|info| info.type_url == DETAILS_TYPE_URL);
+            let details = info
+                .as_ref()
+                .map(|i| ProcessDetails::parse_from_bytes(&i.value));
+            let exec = details.and_then(|details| execs.get(&details.ok()?.exec_id).copied());
+            ProcessInfo {
+                pid: exec.unwrap_or(pid),
+                // A process that is no exec of ours is none that the guest may give details of.
+                info: info.filter(|_| exec.is_some()).into(),
+                ..Default::default()
+            }
         };
         Ok(PidsResponse {
             processes: processes.into_iter().map(on_host).collect(),

@@ -1,6 +1,7 @@
 //! From a created process to a deleted one.
 
 use std::future::Future;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,8 +18,10 @@ use crate::annotations::Kind;
 use crate::args::is_identifier;
 use crate::container::Container;
 use crate::error::Error;
+use crate::hooks::Stage;
 use crate::process::{Change, Exit, KILLED, Phase, Process};
 use crate::spec;
+use crate::stand_in::Network;
 use crate::streams::{Ends, Stdio};
 
 /// How long Delete waits for the last output to be read. containerd gives Delete ten seconds in all.
@@ -34,7 +37,7 @@ impl Tasks {
         if exec_id.is_empty() {
             self.connect_network(&id).await?;
         }
-        let (kind, pid) = self.with(&id, |container| {
+        let kind = self.with(&id, |container| {
             let refused = |phase| Error::Phase {
                 operation: "start",
                 phase,
@@ -42,20 +45,26 @@ impl Tasks {
             if !exec_id.is_empty() && container.init_has_ended() {
                 return Err(refused(Phase::Stopped));
             }
+            let network = Arc::clone(&container.network);
             let process = process_mut(container, &exec_id)?;
             let started = process.phase.after(Change::Start);
             started.ok_or(refused(process.phase))?;
             if let Some(streams) = &mut process.streams {
                 streams.open_stdin().map_err(Error::Stream)?;
             }
+            if process.stand_in.is_none() {
+                // An exec's is made now, as its number is told now.
+                let network = Network::Join(network.as_fd());
+                process.represent(self.stand_in(&exec_id, network)?);
+            }
             process.change(Change::Start).map_err(refused)?;
             if container.kind == Kind::Sandbox {
                 container.started(&exec_id, &self.events);
             }
-            Ok((container.kind, container.pid))
+            Ok(container.kind)
         })?;
         if kind == Kind::Sandbox {
-            return Ok(pid);
+            return self.poststart(&id).await;
         }
         let started = self
             .sandbox
@@ -69,9 +78,20 @@ impl Tasks {
             Ok(())
         })?;
         started?;
-        if !exec_id.is_empty() {
-            self.watch(&id, &exec_id);
+        if exec_id.is_empty() {
+            return self.poststart(&id).await;
         }
+        self.watch(&id, &exec_id);
+        self.watch_stand_in(&id, &exec_id);
+        self.with(&id, |container| Ok(process(container, &exec_id)?.pid))
+    }
+
+    /// Runs the hooks that come after the start of a container, and returns the number of the process that stands for it.
+    async fn poststart(&self, id: &str) -> Result<u32, Error> {
+        let (hooks, pid) = self.with(id, |container| {
+            Ok((container.hooks.clone(), container.init.pid))
+        })?;
+        hooks.run_all(Stage::Poststart, Some(pid)).await;
         Ok(pid)
     }
 
@@ -269,7 +289,7 @@ impl Tasks {
         request: &DeleteRequest,
     ) -> Result<DeleteResponse, Error> {
         let (id, exec_id) = (&request.id, &request.exec_id);
-        let (kind, phase, drained) = self.with(id, |container| {
+        let (kind, phase, drained, ended) = self.with(id, |container| {
             let drained = match exec_id.as_str() {
                 "" => Box::pin(drained(container)) as Drained,
                 _ => Box::pin(drained_process(process(container, exec_id)?)),
@@ -285,8 +305,8 @@ impl Tasks {
                     });
                 }
             }
-            let phase = process.phase;
-            Ok((container.kind, phase, drained))
+            let (phase, ended) = (process.phase, process.ended());
+            Ok((container.kind, phase, drained, ended))
         })?;
         // A process that was never started has no output, though its streams are open.
         if phase == Phase::Stopped {
@@ -306,15 +326,32 @@ impl Tasks {
                 return Err(error);
             }
         }
+        // What was never started has ended well, but its first process was there, and its end is told before the deletion.
+        let never_started = phase == Phase::Created;
+        if never_started && exec_id.is_empty() && kind != Kind::Sandbox {
+            let told = tokio::time::timeout(DRAIN_PATIENCE, ended).await;
+            log::debug!("the end of {id:?} is known: {}", told.is_ok());
+        }
+        if exec_id.is_empty() {
+            let hooks = self.with(id, |container| {
+                container.init.stand_in = None;
+                Ok(container.hooks.clone())
+            })?;
+            hooks.run_all(Stage::Poststop, None).await;
+        }
         let (exit, pid) = self.with(id, |container| {
-            let exit = process(container, exec_id)?.exit();
-            let exit = exit.unwrap_or_else(|| Exit::now(0));
+            let process = process(container, exec_id)?;
+            let pid = process.pid;
+            let mut exit = process.exit().unwrap_or_else(|| Exit::now(0));
+            if never_started {
+                exit.status = 0;
+            }
             if exec_id.is_empty() {
                 container.deleted(exit, &self.events);
             } else {
                 container.execs.remove(exec_id);
             }
-            Ok((exit, container.pid))
+            Ok((exit, pid))
         })?;
         if exec_id.is_empty() {
             self.remove(id);

@@ -433,6 +433,14 @@ impl Shim {
         (response.shim_pid, response.task_pid)
     }
 
+    /// The VMM: of the shim's processes the one that stands for nothing in the guest.
+    pub async fn vmm(&self, stand_ins: &[u32]) -> u32 {
+        let (pid, _) = self.pids("").await;
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        let mut children = children.split_whitespace().map(|pid| pid.parse().unwrap());
+        children.find(|pid| !stand_ins.contains(pid)).unwrap()
+    }
+
     /// How often the shim has a file open.
     pub async fn open_fifos(&self, path: &str) -> usize {
         let (pid, _) = self.pids("").await;

@@ -11,6 +11,7 @@ mod harness;
 
 use std::future::Future;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -179,6 +180,159 @@ async fn a_missing_program_fails_in_create_and_leaves_nothing() {
     );
     shim.shut_down().await;
     host.expect_no_more();
+    assert_eq!(host.remains(), [""; 0]);
+}
+
+async fn processes_of_the_host_stand_for_those_of_the_guest() {
+    let mut host = Host::new().await;
+    let bundle = host.bundle("c1", &["wait"], json!({}));
+    let shim = host.shim(&bundle).await;
+    let request = host.create_request(&bundle);
+    let init = shim.task.create(context(), &request).await.unwrap().pid;
+    assert_eq!(shim.start("c1", "").await.unwrap(), init);
+    shim.exec("c1", "x", &["wait"]).await.unwrap();
+    assert_eq!(shim.state("c1", "x").await.unwrap().pid, 0);
+    let exec = shim.start("c1", "x").await.unwrap();
+    let (own, task) = shim.pids("c1").await;
+    assert_eq!(task, init);
+    assert!(init != exec && init != own && exec != own);
+    let link = |pid: u32, kind: &str| std::fs::read_link(format!("/proc/{pid}/{kind}")).unwrap();
+    assert_eq!(link(exec, "ns/net"), link(init, "ns/net"));
+    assert_ne!(link(init, "ns/net"), link(own, "ns/net"));
+    let cgroup = |pid| std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    assert_eq!(cgroup(init), cgroup(own));
+    assert!(cgroup(init).contains("/c1"), "{}", cgroup(init));
+
+    kill(exec, Signal::SIGUSR1);
+    let exit = shim.wait("c1", "x").await.unwrap();
+    assert_eq!(exit.exit_status, 128 + Signal::SIGUSR1 as u32);
+    assert!(!Path::new(&format!("/proc/{exec}")).exists());
+    assert_eq!(shim.state("c1", "x").await.unwrap().pid, exec);
+    kill(init, Signal::SIGKILL);
+    assert_eq!(shim.wait("c1", "").await.unwrap().exit_status, 137);
+    assert!(!Path::new(&format!("/proc/{init}")).exists());
+    assert_eq!(shim.delete("c1", "").await.unwrap().pid, init);
+    shim.shut_down().await;
+    host.expect(&["create", "start", "exec-added", "exec-started"])
+        .await;
+    host.expect(&["exit x 138", "exit c1 137", "delete"]).await;
+    assert_eq!(host.remains(), [""; 0]);
+}
+
+async fn a_container_is_in_the_network_that_it_names() {
+    let host = Host::new().await;
+    let other = StandInNetwork::new();
+    let bundle = host.bundle("c1", &["wait"], json!({}));
+    let path = bundle.join("config.json");
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["linux"]["namespaces"][2]["path"] = json!(other.path());
+    std::fs::write(&path, config.to_string()).unwrap();
+    let shim = host.shim(&bundle).await;
+    let request = host.create_request(&bundle);
+    let pid = shim.task.create(context(), &request).await.unwrap().pid;
+    let link = |path: &str| std::fs::read_link(path).unwrap();
+    assert_eq!(link(&format!("/proc/{pid}/ns/net")), link(&other.path()));
+    shim.delete("c1", "").await.unwrap();
+    config["linux"]["namespaces"][2]["path"] = json!("/no/such/network");
+    std::fs::write(&path, config.to_string()).unwrap();
+    let error = shim.task.create(context(), &request).await.unwrap_err();
+    assert!(text(&error).contains("/no/such/network"), "{error}");
+    shim.shut_down().await;
+    assert_eq!(host.remains(), [""; 0]);
+}
+
+/// A network namespace: that of a process that waits.
+struct StandInNetwork(std::process::Child);
+
+impl StandInNetwork {
+    fn new() -> Self {
+        let mut command = std::process::Command::new("unshare");
+        command.args(["--net", "sh", "-c", "echo; exec cat"]);
+        command.stdin(std::process::Stdio::piped());
+        let mut child = command
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        // It is there once the shell says something.
+        let mut line = [0];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut line).unwrap();
+        Self(child)
+    }
+
+    fn path(&self) -> String {
+        format!("/proc/{}/ns/net", self.0.id())
+    }
+}
+
+impl Drop for StandInNetwork {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        self.0.wait().unwrap();
+    }
+}
+
+/// Has a container's hooks write down their names and what they are told; the one of this name fails.
+fn add_hooks(bundle: &Path, log: &Path, fails: &str) {
+    let path = bundle.join("config.json");
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    for name in ["prestart", "createRuntime", "poststart", "poststop"] {
+        let end = if name == fails {
+            "echo broken >&2; exit 3"
+        } else {
+            ""
+        };
+        let script = format!(
+            "{{ printf '{name} '; grep -o '\"status\":\"[a-z]*\"'; }} >>{}; {end}",
+            log.display()
+        );
+        let hook = json!({"path": "/bin/sh", "args": ["sh", "-c", script]});
+        config["hooks"][name] = json!([hook]);
+    }
+    std::fs::write(&path, config.to_string()).unwrap();
+}
+
+async fn hooks_run_on_the_host() {
+    let host = Host::new().await;
+    let bundle = host.bundle("c1", &["exit", "0"], json!({}));
+    let log = host.path("hooks");
+    // What comes too late is only logged.
+    add_hooks(&bundle, &log, "poststart");
+    let shim = host.shim(&bundle).await;
+    let request = host.create_request(&bundle);
+    shim.task.create(context(), &request).await.unwrap();
+    let lines = || {
+        let text = std::fs::read_to_string(&log).unwrap();
+        let lines = text.lines().map(|line| line.replace("\"status\":", ""));
+        lines.map(|line| line.replace('"', "")).collect::<Vec<_>>()
+    };
+    let creating = ["prestart creating", "createRuntime creating"];
+    assert_eq!(lines(), creating);
+    shim.start("c1", "").await.unwrap();
+    assert_eq!(lines().last().unwrap(), "poststart running");
+    shim.wait("c1", "").await.unwrap();
+    shim.delete("c1", "").await.unwrap();
+    assert_eq!(lines().last().unwrap(), "poststop stopped");
+    assert_eq!(lines().len(), 4);
+
+    // A container that a hook does not want is not made, and its end is told.
+    for (fails, expected) in [("prestart", 2), ("createRuntime", 3)] {
+        std::fs::remove_file(&log).unwrap();
+        let id = fails.to_lowercase();
+        let bundle = host.bundle(&id, &["exit", "0"], json!({}));
+        add_hooks(&bundle, &log, fails);
+        let request = host.create_request(&bundle);
+        let error = shim.task.create(context(), &request).await.unwrap_err();
+        assert!(
+            text(&error).contains(&format!("hooks.{fails}: /bin/sh")),
+            "{error}"
+        );
+        assert!(text(&error).contains("broken"), "{error}");
+        assert_eq!(lines().last().unwrap(), "poststop stopped");
+        assert_eq!(lines().len(), expected);
+    }
+    shim.shut_down().await;
     assert_eq!(host.remains(), [""; 0]);
 }
 
@@ -407,7 +561,8 @@ async fn a_machine_that_ends_ends_all_and_says_why() {
     let pid = shim.task.create(context(), &request).await.unwrap().pid;
     shim.start("c1", "").await.unwrap();
     shim.exec("c1", "x", &["wait"]).await.unwrap();
-    shim.start("c1", "x").await.unwrap();
+    let exec = shim.start("c1", "x").await.unwrap();
+    let vmm = shim.vmm(&[pid, exec]).await;
     shim.exec("c1", "s", &["stuck"]).await.unwrap();
     let stuck = tokio::spawn({
         let shim = shim.clone();
@@ -423,7 +578,7 @@ async fn a_machine_that_ends_ends_all_and_says_why() {
     .await;
     // Whatever hangs, state is known.
     while shim.state("c1", "s").await.unwrap().status.unwrap() != Status::CREATED {}
-    kill(pid, Signal::SIGKILL);
+    kill(vmm, Signal::SIGKILL);
     let error = stuck.await.unwrap();
     assert_eq!(code(&error), Code::UNAVAILABLE);
     assert!(
@@ -803,6 +958,9 @@ fn main() -> ExitCode {
         streams_pass_through,
         a_missing_program_fails_in_create_and_leaves_nothing,
         execs_have_lives_of_their_own,
+        processes_of_the_host_stand_for_those_of_the_guest,
+        a_container_is_in_the_network_that_it_names,
+        hooks_run_on_the_host,
         a_start_is_told_before_its_end,
         want_of_memory_is_told_before_the_end,
         requests_reach_the_guest_and_its_refusals_the_client,

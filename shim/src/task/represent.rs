@@ -1,0 +1,125 @@
+//! The host's processes that stand for the guest's: making them, and doing what is done to them.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use containerd_shim_protos::api::KillRequest;
+
+use super::{Entry, Tasks, process};
+use crate::error::Error;
+use crate::stand_in::{Network, Signals, StandIn};
+
+impl Tasks {
+    /// A stand-in for a container's first process, in the network namespace at a path or in a new one.
+    pub(super) fn stand_in_for_init(
+        &self,
+        id: &str,
+        network: Option<&Path>,
+    ) -> Result<(StandIn, OwnedFd), Error> {
+        let joined = network.map(|path| {
+            File::open(path).map_err(|source| Error::Io {
+                operation: "open the network namespace",
+                path: path.to_owned(),
+                source,
+            })
+        });
+        match joined.transpose()? {
+            Some(network) => {
+                let stand_in = self.stand_in(id, Network::Join(network.as_fd()))?;
+                Ok((stand_in, network.into()))
+            }
+            None => {
+                let stand_in = self.stand_in(id, Network::New)?;
+                let network = stand_in.network().map_err(Error::StandIn)?;
+                Ok((stand_in, network))
+            }
+        }
+    }
+
+    /// A stand-in.
+    pub(super) fn stand_in(&self, name: &str, network: Network<'_>) -> Result<StandIn, Error> {
+        StandIn::new(name, network, &self.mailbox).map_err(Error::StandIn)
+    }
+
+    /// Kills a process if the one that stands for it is killed.
+    pub(super) fn watch_stand_in(self: &Arc<Self>, id: &str, exec_id: &str) {
+        let ended = self.with(id, |container| {
+            let stand_in = process(container, exec_id)?.stand_in.as_ref();
+            Ok(stand_in.map(StandIn::ended))
+        });
+        let ended = match ended {
+            Ok(Some(Ok(ended))) => ended,
+            Ok(Some(Err(error))) => {
+                return log::warn!("{id:?} {exec_id:?} is not watched: {error}");
+            }
+            // It has ended by now.
+            Ok(None) | Err(_) => return,
+        };
+        let tasks = Arc::clone(self);
+        let kill = KillRequest {
+            id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            signal: libc::SIGKILL as u32,
+            ..Default::default()
+        };
+        tokio::spawn(async move {
+            ended.await;
+            let lives = tasks.with(&kill.id, |container| {
+                Ok(process(container, &kill.exec_id)?.stand_in.is_some())
+            });
+            if let Ok(true) = lives {
+                tasks.send_on(kill).await;
+            }
+        });
+    }
+
+    /// Sends to the guest's processes what the host's that stand for them are sent.
+    pub(super) fn pass_signals_on(self: &Arc<Self>, mut signals: Signals) {
+        let tasks = Arc::downgrade(self);
+        tokio::spawn(async move {
+            loop {
+                let (pid, signal) = match signals.next().await {
+                    Ok(signal) => signal,
+                    Err(error) => return log::error!("signals are not passed on: {error}"),
+                };
+                let Some(tasks) = tasks.upgrade() else { return };
+                if let Some((id, exec_id)) = tasks.represented_by(pid) {
+                    let kill = KillRequest {
+                        id,
+                        exec_id,
+                        signal,
+                        ..Default::default()
+                    };
+                    tasks.send_on(kill).await;
+                }
+            }
+        });
+    }
+
+    async fn send_on(self: &Arc<Self>, kill: KillRequest) {
+        let (id, exec_id, signal) = (kill.id.clone(), kill.exec_id.clone(), kill.signal);
+        if let Err(error) = self.kill(kill).await {
+            log::warn!("signal {signal} is not passed on to {id:?} {exec_id:?}: {error}");
+        }
+    }
+
+    /// The container and the exec that a host's process stands for.
+    fn represented_by(&self, pid: u32) -> Option<(String, String)> {
+        self.table().entries.values().find_map(|entry| match entry {
+            Entry::Ready(container) => {
+                let execs = container.execs.iter().map(|(id, exec)| (id.as_str(), exec));
+                let mut processes = execs.chain([("", &container.init)]);
+                let (exec_id, _) = processes.find(|(_, process)| {
+                    process
+                        .stand_in
+                        .as_ref()
+                        .is_some_and(|own| own.pid() == pid)
+                })?;
+                Some((container.id.clone(), exec_id.to_owned()))
+            }
+            Entry::Creating => None,
+        })
+    }
+}
