@@ -11,6 +11,7 @@ mod failures;
 mod files;
 mod kernels;
 mod machines;
+mod network;
 mod oci;
 mod pods;
 mod recovery;
