@@ -30,6 +30,13 @@ const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a guest may take to end a killed container that has a machine to itself; then the machine ends.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
+/// Waits until the end of a process is noted: who is told that it has finished looks at it next, and must find it stopped.
+async fn noted(ended: impl Future<Output = Option<Exit>>) {
+    if tokio::time::timeout(KILL_PATIENCE, ended).await.is_err() {
+        log::warn!("the guest says that a process has finished, but not how");
+    }
+}
+
 impl Tasks {
     /// Starts a process, and returns the number of the host's process that stands for it.
     pub(super) async fn start(self: &Arc<Self>, request: StartRequest) -> Result<u32, Error> {
@@ -142,18 +149,25 @@ impl Tasks {
 
     /// Sends a signal to a process, or to all of a container.
     pub(super) async fn kill(self: &Arc<Self>, request: KillRequest) -> Result<(), Error> {
-        let kind = self.with(&request.id, |container| {
+        let (kind, ended) = self.with(&request.id, |container| {
             let process = process(container, &request.exec_id)?;
-            match process.phase {
-                Phase::Stopped => Err(Error::Finished),
-                _ if process.held.is_some() => Err(Error::Finished),
-                Phase::Created if !request.exec_id.is_empty() => Err(Error::Phase {
-                    operation: "kill",
-                    phase: Phase::Created,
-                }),
-                _ => Ok(container.kind),
-            }
+            let kind = match process.phase {
+                Phase::Stopped => return Err(Error::Finished),
+                _ if process.held.is_some() => None,
+                Phase::Created if !request.exec_id.is_empty() => {
+                    return Err(Error::Phase {
+                        operation: "kill",
+                        phase: Phase::Created,
+                    });
+                }
+                _ => Some(container.kind),
+            };
+            Ok((kind, process.ended()))
         })?;
+        let Some(kind) = kind else {
+            noted(ended).await;
+            return Err(Error::Finished);
+        };
         let is_final = request.signal == libc::SIGKILL as u32 && request.exec_id.is_empty();
         match kind {
             Kind::Sandbox => return self.kill_sandbox(&request),
@@ -167,6 +181,10 @@ impl Tasks {
         match killed {
             // The signal's target has ended, and the machine with it, before the answer was on its way.
             Err(Error::Machine(_)) => Ok(()),
+            Err(error) if error.code() == Code::NOT_FOUND => {
+                noted(ended).await;
+                Err(error)
+            }
             killed => killed.map(drop),
         }
     }
@@ -210,8 +228,10 @@ impl Tasks {
             ..Default::default()
         };
         let ended = self.with(id, |container| Ok(container.init.ended()))?;
-        self.kill(kill).await?;
-        ended.await;
+        match self.kill(kill).await {
+            Err(error) if error.code() != Code::NOT_FOUND => return Err(error),
+            _ => ended.await,
+        };
         let delete = DeleteRequest {
             id: id.to_owned(),
             ..Default::default()

@@ -304,6 +304,7 @@ impl Task for Agent {
             .with(&id, &exec_id, |process| process.program.clone())?;
         match program[0].as_str() {
             "missing" => return Err(not_found("exec: \"missing\": executable file not found")),
+            "refused" => return Err(get_rpc_status(Code::UNKNOWN, "a hook failed")),
             "stuck" => std::future::pending::<()>().await,
             // Its end is told before its start.
             "quick" => {
@@ -332,9 +333,13 @@ impl Task for Agent {
 
     async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> Result<Empty> {
         let (id, exec_id) = (&request.id, &request.exec_id);
-        let mute = self.0.with(id, exec_id, |p| p.program[0] == "mute")?;
+        let program = self.0.with(id, exec_id, |p| p.program[0].clone())?;
+        if program == "refused" {
+            // Its end is told when somebody asks for its processes.
+            return Err(not_found("process already finished"));
+        }
         self.0.end(id, exec_id, 128 + request.signal)?;
-        if mute {
+        if program == "mute" {
             std::future::pending::<()>().await;
         }
         Ok(Empty::new())
@@ -349,6 +354,12 @@ impl Task for Agent {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Result<PidsResponse> {
+        if self
+            .0
+            .with(&request.id, "", |p| p.program[0] == "refused")?
+        {
+            self.0.end(&request.id, "", 1)?;
+        }
         let processes = self.0.processes.lock().unwrap();
         let processes = processes.keys().filter(|(id, _)| *id == request.id);
         Ok(PidsResponse {

@@ -540,6 +540,35 @@ async fn what_was_never_started_can_be_killed_and_deleted() {
     }
 }
 
+async fn what_has_finished_by_a_kills_answer_is_stopped_then() {
+    let mut host = Host::new().await;
+    let bundle = host.bundle("c1", &["refused"], json!({}));
+    let shim = host.shim(&bundle).await;
+    let request = host.create_request(&bundle);
+    shim.task.create(context(), &request).await.unwrap();
+    let error = shim.start("c1", "").await.unwrap_err();
+    assert!(text(&error).contains("a hook failed"), "{error:?}");
+    let mut kill = std::pin::pin!(shim.kill("c1", "", KILL));
+    for _ in 0..100 {
+        tokio::select! {
+            biased;
+            answer = &mut kill => panic!("{answer:?}, before its end is known"),
+            state = shim.state("c1", "") => assert_eq!(state.unwrap().status.unwrap(), Status::CREATED),
+        }
+    }
+    let request = PidsRequest {
+        id: "c1".into(),
+        ..Default::default()
+    };
+    shim.task.pids(context(), &request).await.unwrap();
+    assert_eq!(code(&kill.await.unwrap_err()), Code::NOT_FOUND);
+    let state = shim.state("c1", "").await.unwrap();
+    assert_eq!(state.status.unwrap(), Status::STOPPED);
+    shim.delete("c1", "").await.unwrap();
+    host.expect(&["create", "exit c1 1", "delete"]).await;
+    shim.shut_down().await;
+}
+
 async fn a_machine_may_be_gone_before_it_answers_a_kill() {
     let host = Host::new().await;
     let bundle = host.bundle("c1", &["mute"], json!({}));
@@ -965,6 +994,7 @@ fn main() -> ExitCode {
         want_of_memory_is_told_before_the_end,
         requests_reach_the_guest_and_its_refusals_the_client,
         what_was_never_started_can_be_killed_and_deleted,
+        what_has_finished_by_a_kills_answer_is_stopped_then,
         a_machine_may_be_gone_before_it_answers_a_kill,
         a_machine_that_ends_ends_all_and_says_why,
         a_machine_that_does_not_come_up_says_why,
