@@ -32,7 +32,8 @@ pub fn output(command: &mut Command) -> Result<String> {
     )))
 }
 
-/// The processes whose program has the file name `program`.
+/// The processes whose program has the file name `program`, without those that such a process made to stand for others: they run
+/// the program of their parent.
 pub fn named(program: &str) -> Result<Vec<Pid>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").or_cannot("read /proc")? {
@@ -49,7 +50,16 @@ pub fn named(program: &str) -> Result<Vec<Pid>> {
             found.push(pid);
         }
     }
+    let all = found.clone();
+    found.retain(|pid| parent(*pid).is_none_or(|parent| !all.contains(&parent)));
     Ok(found)
+}
+
+/// The parent of a process that has not ended.
+fn parent(pid: Pid) -> Option<Pid> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+    Pid::from_raw(line.trim().parse().ok()?)
 }
 
 /// Sends `signal`, which must end the process, and returns when it has ended.
