@@ -14,6 +14,7 @@ pub mod node;
 pub mod occasion;
 pub mod oci;
 pub mod payload;
+pub mod peer;
 pub mod place;
 pub mod process;
 pub mod scratch;

@@ -1,12 +1,13 @@
-//! Writes OCI images (image-spec 1.1) as archives that `ctr image import` reads.
+//! Writes OCI images (image-spec 1.1) as archives that `ctr image import` reads, and unpacks them.
 
+use std::collections::HashMap;
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Read, Write};
 use std::path::Path;
 
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tar::{Builder, EntryType, Header};
+use tar::{Archive, Builder, EntryType, Header};
 
 use crate::error::{Context, Result};
 
@@ -123,10 +124,46 @@ fn file(archive: &mut Builder<impl Write>, name: &str, content: &[u8]) -> std::i
     archive.append_data(&mut header, name, content)
 }
 
+/// Unpacks an image of one layer into a new directory.
+pub fn unpack(archive: &Path, directory: &Path) -> Result<()> {
+    let unpacking = || format!("unpack {}", archive.display());
+    let mut files = HashMap::new();
+    let mut read = |file: File| -> io::Result<()> {
+        for entry in Archive::new(file).entries()? {
+            let mut entry = entry?;
+            let mut content = Vec::new();
+            entry.read_to_end(&mut content)?;
+            files.insert(entry.path()?.display().to_string(), content);
+        }
+        Ok(())
+    };
+    File::open(archive)
+        .and_then(&mut read)
+        .or_cannot(unpacking())?;
+    let find = |name: &str| {
+        let file = files.get(name);
+        file.ok_or_else(|| io::Error::other(format!("it has no {name}")))
+    };
+    let follow = |json: &[u8], pointer: &str| {
+        let json: Value = serde_json::from_slice(json)?;
+        let digest = json.pointer(pointer).and_then(Value::as_str);
+        let digest = digest.ok_or_else(|| io::Error::other(format!("it has no {pointer}")))?;
+        find(&format!("blobs/{}", digest.replace(':', "/")))
+    };
+    let unpack = || -> io::Result<()> {
+        let manifest = follow(find("index.json")?, "/manifests/0/digest")?;
+        let layer = follow(manifest, "/layers/0/digest")?;
+        let mut layer = Archive::new(&layer[..]);
+        layer.set_preserve_permissions(true);
+        layer.set_preserve_ownerships(true);
+        layer.unpack(directory)
+    };
+    unpack().or_cannot(unpacking())
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
-    use std::io::Read;
 
     use super::*;
 
