@@ -17,3 +17,4 @@ mod pods;
 mod recovery;
 mod run;
 mod streams;
+mod task_api;

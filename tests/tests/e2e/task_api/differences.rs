@@ -1,0 +1,84 @@
+//! Where Bulkhead's shim answers otherwise than runc's, and why.
+
+/// The code of runc's shim for whatever runc has printed, which it only passes on.
+const VAGUE: &str = "UNKNOWN";
+
+/// The codes that Bulkhead's shim may give instead: one that says what is wrong is no other answer to runc's clients.
+const EXACT: &[&str] = &[
+    "ALREADY_EXISTS",
+    "FAILED_PRECONDITION",
+    "INTERNAL",
+    "INVALID_ARGUMENT",
+    "UNIMPLEMENTED",
+];
+
+/// One line of what a behaviour sees.
+pub struct Difference {
+    behaviour: &'static str,
+    runc: &'static str,
+    bulkhead: &'static str,
+    /// Why it differs.
+    pub reason: &'static str,
+}
+
+/// All of them, but for the codes.
+pub const DIFFERENCES: &[Difference] = &[
+    Difference {
+        behaviour: "nobody_there",
+        runc: "connect: OK",
+        bulkhead: "connect: NOT_FOUND",
+        reason: "a containerd that has come back learns by it that nobody waits for this task any more, and has it deleted",
+    },
+    Difference {
+        behaviour: "limits_and_statistics",
+        runc: "stats: OK",
+        bulkhead: "stats: NOT_FOUND",
+        reason: "what a container has used is gone with its control group in the guest, and may be with the machine",
+    },
+    Difference {
+        behaviour: "pids_of_processes",
+        runc: "init: 1, exec: 1",
+        bulkhead: "init: 2, exec: 1",
+        reason: "only init and execs have processes on the host; what they start has the number of the init",
+    },
+    Difference {
+        behaviour: "hooks",
+        runc: "create OK: prestart hook word id:hooks status:creating createRuntime hook word id:hooks status:creating poststart hook word id:hooks status:created ",
+        bulkhead: "create OK: prestart hook word id:hooks status:creating createRuntime hook word id:hooks status:creating ",
+        reason: "runtime-spec: poststart hooks run after the program was started, with the status running",
+    },
+    Difference {
+        behaviour: "hooks",
+        runc: "start OK: ",
+        bulkhead: "start OK: poststart hook word id:hooks status:running ",
+        reason: "runtime-spec, as above",
+    },
+    Difference {
+        behaviour: "half_made_bundles",
+        runc: "delete: fails",
+        bulkhead: "delete: 137",
+        reason: "there is nothing to delete, which is what containerd wants; a failure has it tell of an exit with 255",
+    },
+];
+
+impl Difference {
+    /// Whether it is why a behaviour sees these lines.
+    pub fn explains(&self, behaviour: &str, runc: &str, bulkhead: &str) -> bool {
+        (self.behaviour, self.runc, self.bulkhead) == (behaviour, runc, bulkhead)
+    }
+
+    /// Those that a behaviour should see.
+    pub fn of(behaviour: &str) -> impl Iterator<Item = &'static Self> {
+        DIFFERENCES
+            .iter()
+            .filter(move |difference| difference.behaviour == behaviour)
+    }
+}
+
+/// Whether two lines that end in the codes of errors are the same but for how exact the codes are.
+pub fn differ_in_code(runc: &str, bulkhead: &str) -> bool {
+    match (runc.rsplit_once(": "), bulkhead.rsplit_once(": ")) {
+        (Some((what, VAGUE)), Some((same, code))) => what == same && EXACT.contains(&code),
+        _ => false,
+    }
+}

@@ -1,0 +1,112 @@
+//! What fails, and how it is told.
+
+use bulkhead_tests::peer::{Kind, Paths, code};
+use serde_json::{Value, json};
+
+use super::{Notes, Pod, SIGKILL, compare};
+
+#[test]
+fn requests_fail_as_under_runc() {
+    compare(&[
+        ("missing_program", missing_program),
+        ("wrong_working_directory", wrong_directory),
+        ("same_container_twice", same_container_twice),
+        ("nobody_there", nobody_there),
+        ("what_no_shim_does", what_no_shim_does),
+        ("shutdown_with_tasks", shutdown_with_tasks),
+    ]);
+}
+
+fn missing_program(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    let nothing = Paths::default();
+    for program in ["/no/such/program", "no-such-program", "/etc/passwd", "/bin"] {
+        let bundle = pod.member(id, &[program]);
+        let created = pod.shim.create(&bundle, &nothing);
+        assert!(
+            format!("{created:?}").contains(program),
+            "{program} is not named: {created:?}"
+        );
+        notes.push(format!("create {program}: {}", code(&created)));
+        notes.push(format!("state: {}", pod.shim.status(id, "")));
+    }
+    let bundle = pod.member(id, &["true"]);
+    notes.push(format!(
+        "create: {}",
+        code(&pod.shim.create(&bundle, &nothing))
+    ));
+    notes.push(format!("start: {}", code(&pod.shim.start(id, ""))));
+    notes.push(format!(
+        "wait: {}",
+        pod.shim.wait(id, "").unwrap().exit_status
+    ));
+    pod.shim.delete(id, "").unwrap();
+    notes.push(pod.events(id, "delete"));
+    notes
+}
+
+fn wrong_directory(pod: &Pod, id: &str) -> Notes {
+    let kind = Kind::Member(&pod.sandbox.id);
+    let change = |config: &mut Value| {
+        config["process"]["cwd"] = "/etc/passwd".into();
+    };
+    let bundle = pod.peer.bundle(id, kind, &["true"], change).unwrap();
+    let created = pod.shim.create(&bundle, &Paths::default());
+    vec![
+        format!("create: {}", code(&created)),
+        format!("state: {}", pod.shim.status(id, "")),
+    ]
+}
+
+fn same_container_twice(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    pod.run(id, &["sleep", "1000"]);
+    let bundle = pod.member(id, &["sleep", "1000"]);
+    let again = pod.shim.create(&bundle, &Paths::default());
+    notes.push(format!("create: {}", code(&again)));
+    notes.push(format!("status: {}", pod.shim.status(id, "")));
+    pod.remove(id);
+    notes.push(pod.events(id, "delete"));
+    notes
+}
+
+fn nobody_there(pod: &Pod, id: &str) -> Notes {
+    let shim = &pod.shim;
+    let nothing = Paths::default();
+    let resources = json!({});
+    vec![
+        format!("state: {}", code(&shim.state(id, ""))),
+        format!("start: {}", code(&shim.start(id, ""))),
+        format!("wait: {}", code(&shim.wait(id, ""))),
+        format!("kill: {}", code(&shim.kill(id, "", SIGKILL, false))),
+        format!("delete: {}", code(&shim.delete(id, ""))),
+        format!("exec: {}", code(&shim.exec(id, "x", &["true"], &nothing))),
+        format!("pause: {}", code(&shim.pause(id))),
+        format!("resume: {}", code(&shim.resume(id))),
+        format!("pids: {}", code(&shim.pids(id))),
+        format!("stats: {}", code(&shim.stats(id))),
+        format!("update: {}", code(&shim.update(id, &resources))),
+        format!("resize: {}", code(&shim.resize(id, "", (80, 25)))),
+        format!("close: {}", code(&shim.close_stdin(id, ""))),
+        format!("connect: {}", code(&shim.server(id))),
+    ]
+}
+
+fn what_no_shim_does(pod: &Pod, id: &str) -> Notes {
+    let mut notes = vec![format!("unknown: {}", code(&pod.shim.unknown()))];
+    pod.run(id, &["sleep", "1000"]);
+    let path = pod.peer.path("checkpoint").display().to_string();
+    let checkpoint = pod.shim.checkpoint(id, &path);
+    notes.push(format!("checkpoint: {}", code(&checkpoint)));
+    notes.push(format!("status: {}", pod.shim.status(id, "")));
+    pod.remove(id);
+    notes
+}
+
+fn shutdown_with_tasks(pod: &Pod, id: &str) -> Notes {
+    pod.run(id, &["sleep", "1000"]);
+    let mut notes = vec![format!("shutdown: {}", code(&pod.shim.shutdown(id)))];
+    notes.push(format!("status: {}", pod.shim.status(id, "")));
+    pod.remove(id);
+    notes
+}

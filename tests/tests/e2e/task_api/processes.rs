@@ -1,0 +1,343 @@
+//! More processes in a container, and what is told of them.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use bulkhead_tests::ctr::Runtime;
+use bulkhead_tests::peer::{Bundle, Kind, Paths, code};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+use super::{Notes, Pod, SIGKILL, compare};
+
+#[test]
+fn processes_join_containers_as_under_runc() {
+    compare(&[
+        ("exec_life", exec_life),
+        ("exec_of_a_missing_program", exec_of_a_missing_program),
+        ("exec_that_outlives_the_init", exec_that_outlives_the_init),
+        ("exec_after_the_init", exec_after_the_init),
+        ("pids_of_processes", pids_of_processes),
+        ("limits_and_statistics", limits_and_statistics),
+        ("processes_of_the_host", processes_of_the_host),
+        ("network_by_path", network_by_path),
+        ("hooks", hooks),
+        ("hooks_that_fail", hooks_that_fail),
+    ]);
+}
+
+fn exec_life(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    pod.run(id, &["sleep", "1000"]);
+    let (shim, nothing) = (&pod.shim, Paths::default());
+    let streams = pod.peer.streams(id, None).unwrap();
+    let program = ["sh", "-c", "echo out; exit 3"];
+    notes.push(format!(
+        "exec: {}",
+        code(&shim.exec(id, "x", &program, &streams.paths))
+    ));
+    notes.push(format!(
+        "exec: {}",
+        code(&shim.exec(id, "x", &program, &nothing))
+    ));
+    notes.push(format!("status: {}", shim.status(id, "x")));
+    notes.push(format!(
+        "kill: {}",
+        code(&shim.kill(id, "x", SIGKILL, false))
+    ));
+    let pid = shim.start(id, "x").unwrap();
+    let exit = shim.wait(id, "x").unwrap();
+    notes.push(format!("wait: {}", exit.exit_status));
+    notes.push(format!("status: {}", shim.status(id, "x")));
+    notes.push(format!("start: {}", code(&shim.start(id, "x"))));
+    notes.push(format!(
+        "kill: {}",
+        code(&shim.kill(id, "x", SIGKILL, false))
+    ));
+    let deleted = shim.delete(id, "x").unwrap();
+    notes.push(format!("delete: {}", deleted.exit_status));
+    assert_eq!(deleted.pid, pid);
+    assert_eq!(deleted.exited_at, exit.exited_at);
+    notes.push(format!("stdout: {}", streams.stdout.text().unwrap()));
+    notes.push(format!("delete: {}", code(&shim.delete(id, "x"))));
+    notes.push(format!("wait: {}", code(&shim.wait(id, "x"))));
+    notes.push(format!("status: {}", shim.status(id, "x")));
+
+    shim.exec(id, "y", &["sleep", "1000"], &nothing).unwrap();
+    shim.start(id, "y").unwrap();
+    notes.push(format!("delete: {}", code(&shim.delete(id, "y"))));
+    shim.kill(id, "y", SIGKILL, false).unwrap();
+    notes.push(format!("wait: {}", shim.wait(id, "y").unwrap().exit_status));
+    notes.push(format!("init: {}", shim.status(id, "")));
+    shim.delete(id, "y").unwrap();
+    // Never started.
+    shim.exec(id, "z", &["true"], &nothing).unwrap();
+    notes.push(format!("delete: {}", code(&shim.delete(id, "z"))));
+    notes.push(format!("delete init: {}", code(&shim.delete(id, ""))));
+    pod.remove(id);
+    notes.push(pod.events(id, "delete"));
+    notes
+}
+
+fn exec_of_a_missing_program(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    pod.run(id, &["sleep", "1000"]);
+    let shim = &pod.shim;
+    let program = ["/no/such/program"];
+    let exec = shim.exec(id, "x", &program, &Paths::default());
+    notes.push(format!("exec: {}", code(&exec)));
+    let started = shim.start(id, "x");
+    assert!(format!("{started:?}").contains(program[0]), "{started:?}");
+    notes.push(format!("start: {}", code(&started)));
+    notes.push(format!("status: {}", shim.status(id, "x")));
+    notes.push(format!("delete: {}", code(&shim.delete(id, "x"))));
+    notes.push(format!("init: {}", shim.status(id, "")));
+    pod.remove(id);
+    notes.push(pod.events(id, "delete"));
+    notes
+}
+
+fn exec_that_outlives_the_init(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    pod.run(id, &["sleep", "1000"]);
+    let shim = &pod.shim;
+    for exec in ["x", "y"] {
+        shim.exec(id, exec, &["sleep", "1000"], &Paths::default())
+            .unwrap();
+        shim.start(id, exec).unwrap();
+    }
+    shim.kill(id, "", SIGKILL, false).unwrap();
+    notes.push(format!("init: {}", shim.wait(id, "").unwrap().exit_status));
+    for exec in ["x", "y"] {
+        notes.push(format!(
+            "{exec}: {}",
+            shim.wait(id, exec).unwrap().exit_status
+        ));
+    }
+    shim.delete(id, "").unwrap();
+    let events = pod.events(id, "delete");
+    // Those of the execs come in either order.
+    let mut words: Vec<&str> = events.split(", ").collect();
+    if let Some(first) = words.iter().position(|word| word.starts_with("exit")) {
+        let length = words.len();
+        words[first..length.saturating_sub(2)].sort_unstable();
+    }
+    notes.push(words.join(", "));
+    notes
+}
+
+fn exec_after_the_init(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    pod.run(id, &["sleep", "1000"]);
+    let (shim, nothing) = (&pod.shim, Paths::default());
+    shim.exec(id, "x", &["true"], &nothing).unwrap();
+    shim.kill(id, "", SIGKILL, false).unwrap();
+    shim.wait(id, "").unwrap();
+    notes.push(format!("start: {}", code(&shim.start(id, "x"))));
+    notes.push(format!(
+        "exec: {}",
+        code(&shim.exec(id, "y", &["true"], &nothing))
+    ));
+    notes.push(format!("delete: {}", code(&shim.delete(id, "x"))));
+    shim.delete(id, "").unwrap();
+    notes.push(pod.events(id, "delete"));
+    notes
+}
+
+fn pids_of_processes(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    let (paths, wait) = pod.first_word(id);
+    let shim = &pod.shim;
+    let bundle = pod.member(id, &["sh", "-c", "sleep 1000 & echo .; wait"]);
+    let pid = shim.create(&bundle, &paths).unwrap();
+    shim.start(id, "").unwrap();
+    wait();
+    shim.exec(id, "x", &["sleep", "1000"], &Paths::default())
+        .unwrap();
+    let exec = shim.start(id, "x").unwrap();
+    let pids = shim.pids(id).unwrap().processes;
+    notes.push(format!("count: {}", pids.len()));
+    let listed = |pid| pids.iter().filter(|process| process.pid == pid).count();
+    notes.push(format!("init: {}, exec: {}", listed(pid), listed(exec)));
+    notes.push(format!("apart: {}", pid != exec));
+    let details = pids.iter().filter(|process| process.info.is_some());
+    let details: Vec<_> = details.map(|process| process.pid == exec).collect();
+    notes.push(format!("details: {details:?}"));
+    pod.remove(id);
+    notes
+}
+
+fn limits_and_statistics(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    pod.run(id, &["sleep", "1000"]);
+    let shim = &pod.shim;
+    let stats = shim.stats(id).unwrap().stats;
+    notes.push(stats.type_url.clone());
+    let resources = json!({
+        "memory": {"limit": 64 << 20}, "pids": {"limit": 50}, "cpu": {"shares": 512},
+    });
+    notes.push(format!("update: {}", code(&shim.update(id, &resources))));
+    let streams = pod.peer.streams(id, None).unwrap();
+    let script = "cd /sys/fs/cgroup; cat memory.max pids.max cpu.weight";
+    shim.exec(id, "x", &["sh", "-c", script], &streams.paths)
+        .unwrap();
+    shim.start(id, "x").unwrap();
+    shim.wait(id, "x").unwrap();
+    shim.delete(id, "x").unwrap();
+    notes.push(format!("limits: {}", streams.stdout.text().unwrap()));
+    // More than any machine has: it is a limit, and no promise.
+    let resources = json!({"memory": {"limit": 1_u64 << 40}});
+    notes.push(format!("update: {}", code(&shim.update(id, &resources))));
+    shim.kill(id, "", SIGKILL, false).unwrap();
+    shim.wait(id, "").unwrap();
+    notes.push(format!("update: {}", code(&shim.update(id, &resources))));
+    notes.push(format!("stats: {}", code(&shim.stats(id))));
+    notes.push(format!("pids: {}", code(&shim.pids(id))));
+    shim.delete(id, "").unwrap();
+    notes
+}
+
+/// A link of a process in /proc.
+fn link(pid: u32, name: &str) -> String {
+    let target = fs::read_link(format!("/proc/{pid}/{name}"));
+    target.map_or_else(|error| error.to_string(), |path| path.display().to_string())
+}
+
+fn send(pid: u32, signal: Signal) {
+    kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
+}
+
+fn processes_of_the_host(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    let (shim, nothing) = (&pod.shim, Paths::default());
+    let init = pod.run(id, &["sleep", "1000"]);
+    let own = link(std::process::id(), "ns/net");
+    notes.push(format!("own network: {}", link(init, "ns/net") != own));
+    let cgroup = fs::read_to_string(format!("/proc/{init}/cgroup")).unwrap();
+    notes.push(format!("below default: {}", cgroup.contains("::/default/")));
+    for (exec, signal) in [("term", Signal::TERM), ("kill", Signal::KILL)] {
+        shim.exec(id, exec, &["sleep", "1000"], &nothing).unwrap();
+        notes.push(format!("before: {}", shim.state(id, exec).unwrap().pid));
+        let pid = shim.start(id, exec).unwrap();
+        notes.push(format!(
+            "joins: {}",
+            link(pid, "ns/net") == link(init, "ns/net")
+        ));
+        send(pid, signal);
+        notes.push(format!(
+            "{exec}: {}",
+            shim.wait(id, exec).unwrap().exit_status
+        ));
+        let state = shim.state(id, exec).unwrap();
+        notes.push(format!("number: {}", state.pid == pid));
+        shim.delete(id, exec).unwrap();
+        notes.push(format!(
+            "there: {}",
+            Path::new(&format!("/proc/{pid}")).exists()
+        ));
+    }
+    send(init, Signal::KILL);
+    notes.push(format!("init: {}", shim.wait(id, "").unwrap().exit_status));
+    shim.delete(id, "").unwrap();
+    notes.push(format!(
+        "there: {}",
+        Path::new(&format!("/proc/{init}")).exists()
+    ));
+    notes.push(pod.events(id, "delete"));
+    notes
+}
+
+fn network_by_path(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    let path = pod.peer.path("network");
+    fs::write(&path, "").unwrap();
+    let call = |command: &mut Command| assert!(command.status().unwrap().success());
+    let option = format!("--net={}", path.display());
+    call(Command::new("unshare").args([option.as_str(), "true"]));
+    let kind = Kind::Member(&pod.sandbox.id);
+    let change = |config: &mut Value| {
+        config["linux"]["namespaces"][2]["path"] = json!(path);
+    };
+    let bundle = pod
+        .peer
+        .bundle(id, kind, &["sleep", "1000"], change)
+        .unwrap();
+    let pid = pod.shim.create(&bundle, &Paths::default()).unwrap();
+    pod.shim.start(id, "").unwrap();
+    let inode = fs::metadata(&path).unwrap().ino();
+    notes.push(format!(
+        "joins: {}",
+        link(pid, "ns/net") == format!("net:[{inode}]")
+    ));
+    pod.remove(id);
+    call(Command::new("umount").arg(&path));
+    // A file is no network.
+    notes.push(format!(
+        "create: {}",
+        code(&pod.shim.create(&bundle, &Paths::default()))
+    ));
+    if pod.peer.runtime() == Runtime::Runc {
+        // runc may leave what it has made of it by then.
+        let _ = fs::remove_dir(format!("/sys/fs/cgroup/default/{id}"));
+    }
+    notes
+}
+
+/// A container's bundle with hooks that write down what they see; the one of this name fails.
+fn hooked(pod: &Pod, id: &str, fails: &str) -> (Bundle, PathBuf) {
+    let log = pod.peer.path(&format!("{id}-log"));
+    let change = |config: &mut Value| {
+        for name in ["prestart", "createRuntime", "poststart", "poststop"] {
+            let code = if name == fails { 3 } else { 0 };
+            // Words of the state that say something, and whether there is a process.
+            let script = format!(
+                "exec >>{}; echo {name} $0 $WORD; tr ',' '\\n' | tr -d '{{}}\"' | grep -E '^(id|status):'; exit {code}",
+                log.display()
+            );
+            config["hooks"][name] = json!([{
+                "path": "/bin/sh",
+                "args": ["hook", "-c", script],
+                "env": ["PATH=/usr/bin:/bin", "WORD=word"],
+                "timeout": 60,
+            }]);
+        }
+    };
+    let kind = Kind::Member(&pod.sandbox.id);
+    let bundle = pod.peer.bundle(id, kind, &["true"], change).unwrap();
+    (bundle, log)
+}
+
+fn hooks(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    let (bundle, log) = hooked(pod, id, "");
+    let step = |notes: &mut Notes, what: String| {
+        let text = fs::read_to_string(&log).unwrap_or_default();
+        notes.push(format!("{what}: {}", text.replace('\n', " ")));
+        drop(fs::write(&log, ""));
+    };
+    let created = pod.shim.create(&bundle, &Paths::default());
+    step(&mut notes, format!("create {}", code(&created)));
+    let started = pod.shim.start(id, "");
+    step(&mut notes, format!("start {}", code(&started)));
+    pod.shim.wait(id, "").unwrap();
+    let deleted = pod.shim.delete(id, "");
+    step(&mut notes, format!("delete {}", code(&deleted)));
+    notes
+}
+
+fn hooks_that_fail(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    for fails in ["prestart", "createRuntime"] {
+        let id = format!("{id}-{}", fails.to_lowercase());
+        let (bundle, log) = hooked(pod, &id, fails);
+        let created = pod.shim.create(&bundle, &Paths::default());
+        notes.push(format!("{fails}: {}", code(&created)));
+        notes.push(format!("state: {}", pod.shim.status(&id, "")));
+        let text = fs::read_to_string(&log).unwrap_or_default();
+        let names = text.lines().filter(|line| line.ends_with("word"));
+        notes.push(names.collect::<Vec<_>>().join(", "));
+    }
+    notes
+}

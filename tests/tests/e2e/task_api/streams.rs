@@ -1,0 +1,205 @@
+//! Standard streams.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use bulkhead_tests::peer::{Kind, PATIENCE, Paths, Stream, code};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::inotify;
+use serde_json::Value;
+
+use super::{Notes, Pod, compare};
+
+#[test]
+fn streams_are_those_of_runc() {
+    compare(&[
+        (
+            "input_closed_before_the_start",
+            input_closed_before_the_start,
+        ),
+        ("nothing_to_read", nothing_to_read),
+        ("one_place_for_both", one_place_for_both),
+        ("files", files),
+        ("logger", logger),
+        ("terminal", terminal),
+        ("much_output", much_output),
+        ("stuck_reader", stuck_reader),
+    ]);
+}
+
+/// Runs a program to its end with these standard streams.
+fn run(pod: &Pod, id: &str, args: &[&str], paths: &Paths) -> Notes {
+    let bundle = pod.member(id, args);
+    let created = pod.shim.create(&bundle, paths);
+    let mut notes = vec![format!("create: {}", code(&created))];
+    if created.is_ok() {
+        notes.push(format!("close: {}", code(&pod.shim.close_stdin(id, ""))));
+        notes.push(format!("start: {}", code(&pod.shim.start(id, ""))));
+        let exit = pod.shim.wait(id, "").unwrap();
+        notes.push(format!("wait: {}", exit.exit_status));
+        notes.push(format!("delete: {}", code(&pod.shim.delete(id, ""))));
+    }
+    notes
+}
+
+fn input_closed_before_the_start(pod: &Pod, id: &str) -> Notes {
+    let streams = pod.peer.streams(id, Some(b"one line\n")).unwrap();
+    let mut notes = run(pod, id, &["cat"], &streams.paths);
+    notes.push(streams.stdout.text().unwrap());
+    notes
+}
+
+fn nothing_to_read(pod: &Pod, id: &str) -> Notes {
+    let streams = pod.peer.streams(id, None).unwrap();
+    let script = "cat; readlink /proc/self/fd/0";
+    let mut notes = run(pod, id, &["sh", "-c", script], &streams.paths);
+    notes.push(streams.stdout.text().unwrap());
+    notes
+}
+
+fn one_place_for_both(pod: &Pod, id: &str) -> Notes {
+    let mut streams = pod.peer.streams(id, None).unwrap();
+    streams.paths.stderr.clone_from(&streams.paths.stdout);
+    let script = "for n in 1 2 3; do echo out $n; echo err $n >&2; done";
+    let mut notes = run(pod, id, &["sh", "-c", script], &streams.paths);
+    let text = streams.stdout.text().unwrap();
+    let mut lines: Vec<&str> = text.lines().collect();
+    lines.sort_unstable();
+    notes.push(lines.join(", "));
+    notes
+}
+
+fn files(pod: &Pod, id: &str) -> Notes {
+    let path = pod.peer.path("below/output");
+    let uri = format!("file://{}", path.display());
+    let paths = Paths {
+        stdout: uri.clone(),
+        stderr: uri,
+        ..Paths::default()
+    };
+    let mut notes = run(pod, id, &["sh", "-c", "echo out; echo err >&2"], &paths);
+    // Again: it is not overwritten.
+    let again = format!("{id}-again");
+    notes.extend(run(pod, &again, &["echo", "more"], &paths));
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let mut lines: Vec<&str> = text.lines().collect();
+    lines.sort_unstable();
+    notes.push(lines.join(", "));
+    notes
+}
+
+fn logger(pod: &Pod, id: &str) -> Notes {
+    let program = pod.peer.path("logger");
+    let log = pod.peer.path("log");
+    // runc's shim ends its loggers by a signal, whether they have read everything or not.
+    let script = "#!/bin/sh\ntrap '' TERM\nexec >>\"$2\"\necho $CONTAINER_NAMESPACE/$CONTAINER_ID $1\n\
+                  exec 5>&-\ncat <&3\nwhile read line; do echo error: $line; done <&4\n";
+    fs::write(&program, script).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
+    let uri = format!("binary://{}?key={}", program.display(), log.display());
+    let paths = Paths {
+        stdout: uri.clone(),
+        stderr: uri,
+        ..Paths::default()
+    };
+    let mut notes = run(pod, id, &["sh", "-c", "echo out; echo err >&2"], &paths);
+    notes.push(read_when_written(&log, 3));
+    notes
+}
+
+/// The content of a file once it has so many lines.
+fn read_when_written(path: &Path, lines: usize) -> String {
+    let changes = inotify::init(inotify::CreateFlags::CLOEXEC).unwrap();
+    let directory = path.parent().unwrap();
+    inotify::add_watch(&changes, directory, inotify::WatchFlags::MODIFY).unwrap();
+    let limit = PATIENCE.try_into().unwrap();
+    loop {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        if text.lines().count() >= lines {
+            return text;
+        }
+        let mut waits = [PollFd::new(&changes, PollFlags::IN)];
+        let seen = poll(&mut waits, Some(&limit)).unwrap();
+        assert!(seen > 0, "{} holds {text:?}", path.display());
+        let mut events = [0; 4096];
+        rustix::io::read(&changes, &mut events).unwrap();
+    }
+}
+
+fn terminal(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    let streams = pod.peer.terminal(id, b"typed\n").unwrap();
+    let kind = Kind::Member(&pod.sandbox.id);
+    let script =
+        "read line; stty size; [ -t 0 ] && [ -t 1 ] && [ -t 2 ] && echo terminal $line >&2";
+    let change = |config: &mut Value| config["process"]["terminal"] = true.into();
+    let bundle = pod
+        .peer
+        .bundle(id, kind, &["sh", "-c", script], change)
+        .unwrap();
+    pod.shim.create(&bundle, &streams.paths).unwrap();
+    let state = pod.shim.state(id, "").unwrap();
+    notes.push(format!("{} {:?}", state.terminal, state.stderr));
+    notes.push(format!(
+        "resize: {}",
+        code(&pod.shim.resize(id, "", (101, 42)))
+    ));
+    notes.push(format!("start: {}", code(&pod.shim.start(id, ""))));
+    notes.push(format!(
+        "wait: {}",
+        pod.shim.wait(id, "").unwrap().exit_status
+    ));
+    notes.push(format!("delete: {}", code(&pod.shim.delete(id, ""))));
+    notes.push(streams.stdout.text().unwrap());
+    notes
+}
+
+fn much_output(pod: &Pod, id: &str) -> Notes {
+    let streams = pod.peer.streams(id, None).unwrap();
+    // More than any pipe holds, at the end of the container's life.
+    let program = ["sh", "-c", "head -c 4000000 /dev/zero; echo end"];
+    let mut notes = run(pod, id, &program, &streams.paths);
+    let bytes = streams.stdout.bytes().unwrap();
+    notes.push(format!("{} {}", bytes.len(), bytes.ends_with(b"end\n")));
+    notes
+}
+
+fn stuck_reader(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    let (stdout, reader) = pod.peer.unread(id).unwrap();
+    let (stderr, _unread) = pod.peer.unread(&format!("{id}-error")).unwrap();
+    let paths = Paths {
+        stdout,
+        stderr,
+        ..Paths::default()
+    };
+    let bundle = pod.member(id, &["head", "-c", "4000000", "/dev/zero"]);
+    pod.shim.create(&bundle, &paths).unwrap();
+    pod.shim.start(id, "").unwrap();
+    // Others do not mind, one in the same container included.
+    let streams = pod.peer.streams(&format!("{id}-x"), None).unwrap();
+    let echo = ["echo", "through"];
+    pod.shim.exec(id, "x", &echo, &streams.paths).unwrap();
+    pod.shim.start(id, "x").unwrap();
+    notes.push(format!(
+        "exec: {}",
+        pod.shim.wait(id, "x").unwrap().exit_status
+    ));
+    pod.shim.delete(id, "x").unwrap();
+    notes.push(streams.stdout.text().unwrap());
+    let other = format!("{id}-other");
+    let streams = pod.peer.streams(&other, None).unwrap();
+    notes.extend(run(pod, &other, &echo, &streams.paths));
+    notes.push(streams.stdout.text().unwrap());
+    notes.push(format!("status: {}", pod.shim.status(id, "")));
+    // Now somebody reads.
+    let output = Stream::read(reader);
+    notes.push(format!(
+        "wait: {}",
+        pod.shim.wait(id, "").unwrap().exit_status
+    ));
+    notes.push(format!("delete: {}", code(&pod.shim.delete(id, ""))));
+    notes.push(format!("{} bytes", output.bytes().unwrap().len()));
+    notes
+}
