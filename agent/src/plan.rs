@@ -18,7 +18,7 @@ use crate::oci::Namespaces;
 use crate::oci::mapping::Mappings;
 use crate::oci::mount::{self, Mount};
 use crate::oci::program::Program;
-use crate::oci::root::Root;
+use crate::oci::root::{Binds, Root};
 use crate::oci::seccomp::Filter;
 use crate::process::Streams;
 use crate::sys;
@@ -30,6 +30,7 @@ pub struct Creation {
     pub bundle: String,
     pub spec: Spec,
     pub root: Root,
+    pub binds: Option<Binds>,
     pub terminal: bool,
     pub streams: Streams,
 }
@@ -69,6 +70,7 @@ impl Plan {
             namespaces,
             root: creation.root.clone(),
             scratch: paths.run.join("scratch").join(&creation.id),
+            binds: creation.binds.clone(),
             place: paths.run.join("root"),
             cgroup,
             mounts: spec
@@ -246,6 +248,7 @@ mod tests {
             root: Root::Empty,
             terminal: false,
             streams: Streams::default(),
+            binds: None,
         };
         let paths = Paths {
             run: "/run".into(),

@@ -17,7 +17,8 @@
 //!   before it are its lower layers, the topmost first, and its upper directory is made on the scratch disk (unless its options contain
 //!   `ro`). Its other options are those of the host's overlay that change what is seen, such as `userxattr` or `index=off`,
 //!   and `uidmap=INSIDE:OUTSIDE:NUMBER` and `gidmap=` for layers whose identities appear mapped. An `overlay` with no mount before it is a plain empty directory of the scratch disk. Without an `overlay` the list has
-//!   exactly one mount, the root itself.
+//!   exactly one mount, the root itself. A mount whose `target` is [`BINDS`] is no part of the root: it is there for the container's own
+//!   binds, whose sources may lie in it. What is bound from it writable, which can be a file only, is a copy on the scratch disk.
 //! * `stdin`, `stdout` and `stderr`, of Create and of Exec, are empty (`/dev/null`) or a stream's name (see below). With a terminal `stderr` is
 //!   empty.
 //!
@@ -47,6 +48,9 @@ pub const AGENT_PORT: u32 = 1024;
 
 /// The port of the guest on which the agent accepts streams.
 pub const STREAM_PORT: u32 = 1025;
+
+/// Where what a container binds of the host's files is mounted, seen by no other container.
+pub const BINDS: &str = "/run/binds";
 
 /// Type URL of `CreateTaskRequest.options`: an OCI runtime specification in JSON.
 pub const SPEC_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";

@@ -23,7 +23,7 @@ use crate::cgroup::{devices, stats};
 use crate::container::Freezer;
 use crate::error::{Context, Error};
 use crate::oci::program::{Program, window};
-use crate::oci::root::Root;
+use crate::oci::root::{Binds, Root};
 use crate::plan::Creation;
 use crate::process::{Process, Status, Streams};
 use crate::protocol::{PROCESS_TYPE_URL, RESOURCES_TYPE_URL, SPEC_TYPE_URL};
@@ -64,9 +64,11 @@ impl TaskService {
             &request.stderr,
         )?;
         let spec = value("options", &request.options, SPEC_TYPE_URL)?;
+        let mut rootfs = request.rootfs;
         Ok(Creation {
             spec: oci::parse_spec(spec)?,
-            root: Root::try_from(request.rootfs.as_slice())?,
+            binds: Binds::take(&mut rootfs)?,
+            root: Root::try_from(rootfs.as_slice())?,
             terminal: request.terminal,
             streams,
             id: request.id,

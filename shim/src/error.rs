@@ -144,11 +144,9 @@ impl Error {
             | Self::Entropy(_)
             | Self::Hook(_)
             | Self::StandIn(_) => Code::INTERNAL,
-            Self::Spec(error) => match error {
-                spec::Error::Json { .. } | spec::Error::HostNetwork => Code::INVALID_ARGUMENT,
-                spec::Error::HostMount { .. } => Code::UNIMPLEMENTED,
-            },
-            Self::Streams(_) => Code::INVALID_ARGUMENT,
+            Self::Spec(spec::Error::Json { .. } | spec::Error::HostNetwork) | Self::Streams(_) => {
+                Code::INVALID_ARGUMENT
+            }
             Self::Network(error) => match error {
                 network::Error::Kind { .. } => Code::UNIMPLEMENTED,
                 _ => Code::INTERNAL,

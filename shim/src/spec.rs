@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use serde_json::value::{RawValue, to_raw_value};
 
 use crate::hooks::{Hooks, Stage, Subject};
+use crate::rootfs::binds::Bind;
 
 /// Why a container's specification cannot be carried out.
 #[derive(Debug, thiserror::Error)]
@@ -26,10 +27,6 @@ pub enum Error {
         "the network namespace of the host was asked for, which a microVM cannot be in; give the container a network of its own"
     )]
     HostNetwork,
-    #[error(
-        "mounts: {} at {}: files of the host cannot be mounted in a microVM yet; put them into the image, or use a tmpfs", path.display(), destination.display()
-    )]
-    HostMount { path: PathBuf, destination: PathBuf },
 }
 
 /// Fields of a JSON object, each as its text.
@@ -123,12 +120,26 @@ impl<'a> Spec<'a> {
         Ok(Hooks { programs, subject })
     }
 
-    /// The text for the guest: without what the host takes care of, and with mounts in the guest's terms.
+    /// What is bound of the host's files.
+    pub fn binds(&self) -> Result<Vec<Bind>, Error> {
+        let mounts: Vec<Mount> = part(&self.fields, "mounts")?.unwrap_or_default();
+        let mounts = mounts.iter().filter(|mount| is_of_host(mount));
+        Ok(mounts
+            .map(|mount| Bind {
+                source: mount.source().clone().unwrap_or_default(),
+                destination: mount.destination().clone(),
+                read_only: is_read_only(mount),
+            })
+            .collect())
+    }
+
+    /// The text for the guest: without what the host takes care of, and with mounts in the guest's terms: what is bound of the host's files is
+    /// at these `places`, in the order of [`Self::binds`].
     ///
     /// # Errors
     ///
     /// What neither the host nor the guest can do is refused by name.
-    pub fn for_guest(&self) -> Result<Vec<u8>, Error> {
+    pub fn for_guest(&self, places: Vec<PathBuf>) -> Result<Vec<u8>, Error> {
         let mut linux = self.linux.clone();
         let mut namespaces: Vec<LinuxNamespace> =
             part(&self.linux, "namespaces")?.unwrap_or_default();
@@ -144,7 +155,10 @@ impl<'a> Spec<'a> {
         let mut fields = self.fields.clone();
         fields.insert("linux".into(), to_text("linux", &linux)?);
         if let Some(mounts) = part_borrowed::<Vec<&RawValue>>(&self.fields, "mounts")? {
-            let mounts = mounts.into_iter().map(guest_mount);
+            let mut places = places.into_iter();
+            let mounts = mounts
+                .into_iter()
+                .map(|text| guest_mount(text, &mut places));
             let mounts = to_text("mounts", &mounts.collect::<Result<Vec<_>, _>>()?)?;
             fields.insert("mounts".into(), mounts);
         }
@@ -192,30 +206,51 @@ fn unlabelled(process: &[u8]) -> Result<Object<'_>, Error> {
     Ok(process)
 }
 
-/// Brings one mount into the guest's terms.
-fn guest_mount(text: &RawValue) -> Result<Cow<'_, RawValue>, Error> {
+fn options(mount: &Mount) -> &[String] {
+    mount.options().as_deref().unwrap_or_default()
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    let is_bind = |option: &String| option == "bind" || option == "rbind";
+    mount.typ().as_deref() == Some("bind") || options(mount).iter().any(is_bind)
+}
+
+/// Whether it binds a file of the host. The pod's shared memory is the guest's.
+fn is_of_host(mount: &Mount) -> bool {
+    is_bind(mount) && mount.destination() != Path::new("/dev/shm")
+}
+
+fn is_read_only(mount: &Mount) -> bool {
+    let said = options(mount).iter().rev();
+    let mut said = said.filter_map(|option| match option.as_str() {
+        "ro" | "rro" => Some(true),
+        "rw" | "rrw" => Some(false),
+        // The others say something else.
+        _ => None,
+    });
+    said.next().unwrap_or(false)
+}
+
+/// Brings one mount into the guest's terms. What is bound of the host's files is at the next of `places`.
+fn guest_mount<'a>(
+    text: &'a RawValue,
+    places: &mut impl Iterator<Item = PathBuf>,
+) -> Result<Cow<'a, RawValue>, Error> {
     let mut mount: Mount = serde_json::from_str(text.get()).map_err(json_error("mounts"))?;
-    let options = mount.options().as_deref().unwrap_or_default();
-    let is_bind = mount.typ().as_deref() == Some("bind")
-        || options
-            .iter()
-            .any(|option| option == "bind" || option == "rbind");
-    if !is_bind {
+    if !is_bind(&mount) {
         return Ok(Cow::Borrowed(text));
     }
-    if mount.destination() == Path::new("/dev/shm") {
+    if is_of_host(&mount) {
+        mount.set_source(places.next());
+    } else {
         // The host's is a tmpfs that the pod's containers share, of the size that it has by default.
         let options = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"];
         mount
             .set_typ(Some("tmpfs".into()))
             .set_source(Some("shm".into()))
             .set_options(Some(options.map(String::from).into()));
-        return to_text("mounts", &mount);
     }
-    Err(Error::HostMount {
-        path: mount.source().clone().unwrap_or_default(),
-        destination: mount.destination().clone(),
-    })
+    to_text("mounts", &mount)
 }
 
 fn object<'a>(field: &'static str, json: &'a [u8]) -> Result<Object<'a>, Error> {
@@ -280,7 +315,8 @@ mod tests {
 
     fn guest(config: &Value) -> Result<Value, Error> {
         let text = config.to_string();
-        let guest = Spec::parse(text.as_bytes())?.for_guest()?;
+        let places = vec!["/there".into()];
+        let guest = Spec::parse(text.as_bytes())?.for_guest(places)?;
         Ok(serde_json::from_slice(&guest).unwrap())
     }
 
@@ -351,17 +387,32 @@ mod tests {
     }
 
     #[test]
+    fn binds_have_other_sources_in_the_guest() {
+        let mut mount = config();
+        mount["mounts"][0] =
+            json!({"destination": "/mnt", "source": "/data", "options": ["rbind", "rw", "ro"]});
+        let text = mount.to_string();
+        let binds = Spec::parse(text.as_bytes()).unwrap().binds().unwrap();
+        assert_eq!(
+            binds,
+            [Bind {
+                source: "/data".into(),
+                destination: "/mnt".into(),
+                read_only: true
+            }]
+        );
+        let guest = guest(&mount).unwrap();
+        assert_eq!(guest["mounts"][0]["source"], "/there");
+        assert_eq!(guest["mounts"][0]["options"], mount["mounts"][0]["options"]);
+    }
+
+    #[test]
     fn what_cannot_be_done_is_named() {
         let mut host = config();
         host["linux"]["namespaces"] = json!([{"type": "mount"}]);
         let text = host.to_string();
         let network = Spec::parse(text.as_bytes()).unwrap().network();
         assert!(matches!(network, Err(Error::HostNetwork)));
-        let mut mount = config();
-        mount["mounts"][0] =
-            json!({"destination": "/mnt", "source": "/data", "options": ["rbind", "ro"]});
-        let error = guest(&mount).unwrap_err().to_string();
-        assert!(error.contains("/data at /mnt"), "{error}");
         let mut broken = config();
         broken["mounts"] = json!("x");
         assert!(matches!(

@@ -1,4 +1,4 @@
-//! Copies a directory's contents, for a tmpfs that begins with what it covers.
+//! Copies a directory's contents, for a tmpfs that begins with what it covers, and files that become a container's own.
 
 use std::fs::File;
 use std::io;
@@ -17,6 +17,14 @@ pub fn contents(from: &OwnedFd, to: &Path) -> io::Result<()> {
     let to = rustix::fs::open(to, flags, Mode::empty())?;
     own(&to, &rustix::fs::fstat(&from)?)?;
     directory(&from, &to)
+}
+
+/// Copies a regular file, with owner and mode.
+pub fn file(from: &Path, to: &Path) -> io::Result<()> {
+    let mut source = File::open(from)?;
+    let mut copy = File::create_new(to)?;
+    io::copy(&mut source, &mut copy)?;
+    own(&copy, &rustix::fs::fstat(&source)?)
 }
 
 fn directory(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {

@@ -34,7 +34,7 @@ use crate::error::{Context, Error};
 use crate::oci::Namespaces;
 use crate::oci::mount::Mount;
 use crate::oci::program::Program;
-use crate::oci::root::Root;
+use crate::oci::root::{Binds, Root};
 use crate::sys;
 use channel::Child;
 use outside::Outside;
@@ -45,6 +45,8 @@ pub struct Container {
     pub id: String,
     pub namespaces: Namespaces,
     pub root: Root,
+    /// Where the sources of some of its binds are.
+    pub binds: Option<Binds>,
     /// Where its writable layer lies.
     pub scratch: PathBuf,
     /// A directory of the guest that may be mounted on.
@@ -149,6 +151,10 @@ fn build(
     };
     let prepare = |mount| mounts::prepare(mount, container, &mut mounts);
     let mounts = container.mounts.iter().map(prepare);
+    // With a user namespace all that needs them is prepared outside.
+    if !in_user_namespace {
+        root::mount_binds(container)?;
+    }
     let mounts: Vec<_> = mounts.collect::<Result<_, _>>()?;
     let devices = if container.own_devices() {
         devices::prepare(&container.devices, in_user_namespace)?

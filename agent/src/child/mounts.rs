@@ -42,18 +42,16 @@ pub fn prepare<'a>(
             let source = from_outside.pop_front();
             Some(source.ok_or_else(|| Error::Failed("a mount has not been prepared".into()))?)
         }
-        Kind::Bind { .. } => Some(open(mount, &container.cgroup)?),
+        Kind::Bind { .. } => Some(open(mount, container)?),
         // Without a cgroup namespace a container sees its own group only, as it would with one.
-        Kind::Cgroup if !container.namespaces.has(CLONE_NEWCGROUP) => {
-            Some(open(mount, &container.cgroup)?)
-        }
+        Kind::Cgroup if !container.namespaces.has(CLONE_NEWCGROUP) => Some(open(mount, container)?),
         Kind::Cgroup | Kind::Filesystem { .. } => None,
     };
     Ok(Prepared { mount, source })
 }
 
-/// Opens what a mount takes from the guest; `cgroup` is the directory of the container's control group.
-pub fn open(mount: &Mount, cgroup: &Path) -> Result<OwnedFd, Error> {
+/// Opens what a mount takes from the guest.
+pub fn open(mount: &Mount, container: &Container) -> Result<OwnedFd, Error> {
     let what = |source: &Path| {
         let (source, destination) = (source.display(), mount.destination.display());
         format!("opening {source} to mount it on {destination}")
@@ -64,15 +62,34 @@ pub fn open(mount: &Mount, cgroup: &Path) -> Result<OwnedFd, Error> {
             if *recursive {
                 flags |= OpenTreeFlags::AT_RECURSIVE;
             }
+            let copy = copy_of(source, mount, container).context(|| what(source))?;
+            let source = copy.as_deref().unwrap_or(source);
             open_tree(CWD, source, flags).context(|| what(source))
         }
-        Kind::Cgroup => clone_tree(cgroup).context(|| what(cgroup)),
+        Kind::Cgroup => clone_tree(&container.cgroup).context(|| what(&container.cgroup)),
         Kind::Filesystem { kind, source } => {
             let filesystem = Filesystem::open(kind)?;
             filesystem.set("source", source)?;
             filesystem.mount(&mount.options)
         }
     }
+}
+
+/// A copy of a file of the host, on the scratch disk, if it is bound writable: what was brought here of the host cannot be written to.
+fn copy_of(source: &Path, mount: &Mount, container: &Container) -> io::Result<Option<PathBuf>> {
+    let name = container.binds.as_ref();
+    let name = name.and_then(|binds| source.strip_prefix(&binds.place).ok());
+    let read_only = [mount.options.attributes, mount.options.recursive]
+        .iter()
+        .any(|attributes| attributes.set & libc::MOUNT_ATTR_RDONLY != 0);
+    let Some(name) = name.filter(|_| !read_only) else {
+        return Ok(None);
+    };
+    let directory = container.scratch.join("binds");
+    fs::create_dir_all(&directory)?;
+    let copy = directory.join(name);
+    super::copy::file(source, &copy)?;
+    Ok(Some(copy))
 }
 
 impl Prepared<'_> {

@@ -104,11 +104,12 @@ fn prepare(container: &Container, channel: &Child) -> Result<(), Error> {
     rustix::process::umask(rustix::fs::Mode::empty());
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private).context(|| "making mounts private".into())?;
+    root::mount_binds(container)?;
     let root = root::mount(&container.root, &container.scratch, &container.place)?;
     channel.hand_over(root.as_fd())?;
     for mount in &container.mounts {
         if container.is_prepared_outside(mount) {
-            let source = mounts::open(mount, &container.cgroup)?;
+            let source = mounts::open(mount, container)?;
             if let Some(mappings) = &mount.mappings {
                 let identities = identities::namespace(mappings)?;
                 let recursive = mount.options.id_mapped == Some(true);

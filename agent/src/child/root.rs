@@ -7,12 +7,22 @@ use rustix::fs::{CWD, Mode};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
 
 use super::filesystem::Filesystem;
-use super::identities;
+use super::{Container, identities};
 use crate::disk;
 use crate::error::{Context, Error};
 use crate::oci::mount::Options;
-use crate::oci::root::{Layer, Root, Source};
+use crate::oci::root::{Binds, Layer, Root, Source};
 use crate::sys::{map_mount, mount_setattr};
+
+/// Mounts the file system in which sources of the container's binds lie, if there is one.
+pub fn mount_binds(container: &Container) -> Result<(), Error> {
+    let Some(Binds { place, layer }) = &container.binds else {
+        return Ok(());
+    };
+    let what = || format!("mounting what is bound at {}", place.display());
+    std::fs::create_dir_all(place).context(what)?;
+    attach(&mount_layer(layer, None, true)?, place).context(what)
+}
 
 /// Mounts a root and returns it unattached.
 ///

@@ -1,4 +1,4 @@
-//! A container's root file system, as the shim describes it in `CreateTaskRequest.rootfs`.
+//! A container's root file system, and the host's files that it binds, as the shim describes them in `CreateTaskRequest.rootfs`.
 
 use std::path::PathBuf;
 
@@ -45,6 +45,33 @@ pub enum Source {
     },
     /// A directory of the guest.
     Directory(PathBuf),
+}
+
+/// A file system in which sources of the container's binds lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Binds {
+    /// Where it is mounted.
+    pub place: PathBuf,
+    pub layer: Layer,
+}
+
+impl Binds {
+    /// Takes it out of the list of mounts, if it is there.
+    pub fn take(entries: &mut Vec<Entry>) -> Result<Option<Self>, Error> {
+        let Some(index) = entries.iter().position(|entry| !entry.target.is_empty()) else {
+            return Ok(None);
+        };
+        let entry = entries.remove(index);
+        let place = PathBuf::from(&entry.target);
+        if !place.has_root() || entries.iter().any(|entry| !entry.target.is_empty()) {
+            return Err(Error::InvalidArgument(format!(
+                "rootfs: the target {:?}: expected one at most, and an absolute path",
+                entry.target
+            )));
+        }
+        let layer = layer(&entry, None)?;
+        Ok(Some(Self { place, layer }))
+    }
 }
 
 impl Root {
@@ -174,6 +201,24 @@ mod tests {
             );
         }
         assert!(!root(&[layer, layer, read_only]).unwrap().is_writable());
+    }
+
+    #[test]
+    fn what_is_bound_is_no_part_of_the_root() {
+        let entry = |target: &str| Entry {
+            type_: "erofs".into(),
+            source: "pci:4/2".into(),
+            target: target.into(),
+            ..Default::default()
+        };
+        let mut entries = vec![entry(""), entry("/run/binds")];
+        let binds = Binds::take(&mut entries).unwrap().unwrap();
+        assert_eq!(binds.place, PathBuf::from("/run/binds"));
+        assert_eq!(entries, [entry("")]);
+        assert_eq!(Binds::take(&mut entries), Ok(None));
+        for bad in [vec![entry("relative")], vec![entry("/a"), entry("/b")]] {
+            assert!(Binds::take(&mut bad.clone()).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

@@ -223,6 +223,46 @@ pub async fn identities_of_layers_are_mapped(guest: &Guest) {
     );
 }
 
+pub async fn what_is_bound_writable_is_a_copy(guest: &Guest) {
+    let outside = guest.directory.join(format!("bound-{}", guest.number()));
+    std::fs::create_dir(&outside).unwrap();
+    std::fs::write(outside.join("0"), "from the host\n").unwrap();
+    std::fs::set_permissions(outside.join("0"), PermissionsExt::from_mode(0o640)).unwrap();
+    let place = guest.directory.join("run/binds");
+    let binds = Mount {
+        target: place.to_str().unwrap().into(),
+        ..bind(&outside)
+    };
+    for users in [false, true] {
+        let command = "cat /etc/hosts; stat -c %a /etc/hosts; echo more >>/etc/hosts; cat /etc/hosts; echo >/kept || cat /kept";
+        let mut spec = spec(&["sh", "-c", command]);
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        for (destination, option) in [("/etc/hosts", "rw"), ("/kept", "ro")] {
+            mounts.push(json!({"destination": destination, "type": "bind", "source": place.join("0"), "options": ["rbind", option]}));
+        }
+        let root = guest.root();
+        if users {
+            std::os::unix::fs::chown(outside.join("0"), Some(70_000), Some(70_000)).unwrap();
+            add_users(&mut spec, 70_000);
+            for path in ["", "dev", "proc", "sys", "etc"] {
+                std::os::unix::fs::chown(root.join(path), Some(70_000), Some(70_000)).unwrap();
+            }
+        }
+        let outcome = guest
+            .run_in(&spec, &[bind(&root), binds.clone()])
+            .await
+            .unwrap();
+        assert_eq!(
+            outcome.output, "from the host\n640\nfrom the host\nmore\nfrom the host\n",
+            "{}",
+            outcome.error
+        );
+        assert!(outcome.error.contains("Read-only"), "{}", outcome.error);
+    }
+    // What one container binds no other sees.
+    assert!(!place.join("0").exists());
+}
+
 pub async fn a_container_with_users_mounts_what_only_the_guest_may_open(guest: &Guest) {
     let secret = guest.directory.join(format!("closed-{}", guest.number()));
     std::fs::create_dir_all(secret.join("inner")).unwrap();

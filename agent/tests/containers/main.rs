@@ -70,6 +70,7 @@ tests! {
         links_of_an_image_do_not_lead_out
         identities_of_mounts_are_mapped
         identities_of_layers_are_mapped
+        what_is_bound_writable_is_a_copy
         a_container_with_users_mounts_what_only_the_guest_may_open;
     limits:
         limits_are_set_changed_and_counted

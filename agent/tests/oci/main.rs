@@ -96,6 +96,7 @@ fn plan(spec: &Value) -> Result<Plan, Error> {
         bundle: "/b".into(),
         spec: oci::parse_spec(spec.to_string().as_bytes())?,
         root: Root::Empty,
+        binds: None,
         terminal: true,
         streams: Streams::default(),
     };

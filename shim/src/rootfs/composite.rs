@@ -45,7 +45,8 @@ pub fn disk(id: &str, images: Vec<File>) -> Result<DiskFiles, Error> {
         let file = match made.get() {
             Some(file) => file,
             None => {
-                let file = memfd(&table.bytes()).map_err(failed("make a partition table for"))?;
+                let write = |mut file: &File| file.write_all(&table.bytes());
+                let file = memfd(write).map_err(failed("make a partition table for"))?;
                 made.get_or_init(|| file)
             }
         };
@@ -82,13 +83,14 @@ pub fn disk(id: &str, images: Vec<File>) -> Result<DiskFiles, Error> {
     })
 }
 
-/// A file of these bytes that nobody can change.
-pub fn memfd(bytes: &[u8]) -> io::Result<File> {
+/// A file in memory that nobody can change once it is written.
+pub fn memfd<E: From<io::Error>>(write: impl FnOnce(&File) -> Result<(), E>) -> Result<File, E> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let mut file = File::from(rustix::fs::memfd_create("disk", flags)?);
-    file.write_all(bytes)?;
+    let file = rustix::fs::memfd_create("disk", flags).map_err(io::Error::from)?;
+    let file = File::from(file);
+    write(&file)?;
     let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
-    rustix::fs::fcntl_add_seals(&file, seals)?;
+    rustix::fs::fcntl_add_seals(&file, seals).map_err(io::Error::from)?;
     Ok(file)
 }
 

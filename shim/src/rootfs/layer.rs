@@ -76,7 +76,7 @@ impl Cache {
     /// Writes a layer's image.
     fn write(&self, layer: &Layer, file: &File) -> Result<(), Error> {
         let open = |path: &Path| tree::open(&layer.directory, path, OFlags::empty());
-        match tree::read(layer.directory.as_fd())?.write(open, file) {
+        match tree::read(layer.directory.as_fd(), None)?.write(open, file) {
             Ok(_) => Ok(()),
             Err(erofs::Error::Write(error)) => Err(self.not_written(&layer.path, error)),
             Err(source) => Err(Error::Image {

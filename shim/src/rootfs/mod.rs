@@ -2,8 +2,9 @@
 //!
 //! Nothing of the host's file system is served to a guest: read-only layers become EROFS images ([`layer`], [`erofs`]), which are
 //! kept ([`cache`]) and joined to one disk ([`composite`]); what is a block device or an image already is attached as it is
-//! ([`block`]); what containers write goes to a disk of their pod ([`scratch`]).
+//! ([`block`]); what containers bind of the host's files is copied ([`binds`]); what they write goes to a disk of their pod ([`scratch`]).
 
+pub mod binds;
 pub mod block;
 pub mod cache;
 pub mod composite;
@@ -23,13 +24,14 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-use bulkhead_agent::protocol::disk_source;
+use bulkhead_agent::protocol::{BINDS, disk_source};
 use containerd_shim_protos::api::Mount;
 use tokio::task::JoinSet;
 use ttrpc::Code;
 
 use crate::config::Config;
 use crate::disk::DiskFiles;
+use binds::Binds;
 use cache::Cache;
 use layer::Layer;
 use plan::Plan;
@@ -60,15 +62,17 @@ pub struct Mounts(Vec<Template>);
 struct Template {
     kind: String,
     source: Source,
+    /// Where it is mounted, if it is no part of the root.
+    target: &'static str,
     options: Vec<String>,
 }
 
+/// Disks are counted from 0, partitions from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
     None,
-    Disk,
-    /// Counted from 1.
-    Partition(u32),
+    Disk(usize),
+    Partition(usize, u32),
 }
 
 impl Mounts {
@@ -80,12 +84,13 @@ impl Mounts {
     pub fn at(&self, slots: &[u8]) -> Vec<Mount> {
         let source = |source| match source {
             Source::None => "overlay".into(),
-            Source::Disk => disk_source(slots[0], None),
-            Source::Partition(number) => disk_source(slots[0], Some(number)),
+            Source::Disk(disk) => disk_source(slots[disk], None),
+            Source::Partition(disk, number) => disk_source(slots[disk], Some(number)),
         };
         let mount = |template: &Template| Mount {
             type_: template.kind.clone(),
             source: source(template.source),
+            target: template.target.into(),
             options: template.options.clone(),
             ..Default::default()
         };
@@ -93,53 +98,82 @@ impl Mounts {
     }
 }
 
-/// Prepares the root file system that a `CreateTaskRequest` describes, for the container `id`.
+/// Prepares the root file system that a `CreateTaskRequest` describes, and what its specification binds, for the container `id`.
 ///
 /// Images of layers are built if the host does not have them yet, which takes about as long as copying the layers.
-pub async fn prepare(config: &Config, id: &str, mounts: Vec<Mount>) -> Result<Rootfs, Error> {
+pub async fn prepare(
+    config: &Config,
+    id: &str,
+    mounts: Vec<Mount>,
+    binds: Binds,
+) -> Result<Rootfs, Error> {
     let disk_id: String = id.chars().take(MAX_ID).collect();
-    match Plan::of(&mounts)? {
+    let cache = || Cache::new(&config.cache_dir, config.cache_size_mib);
+    let bound = match binds.have_directories() {
+        // A tree takes a while.
+        true => cache()?.run(move |_| Ok(binds.image()?)).await?,
+        false => binds.image()?,
+    };
+    let mut disks = Vec::new();
+    let mut mounts = match Plan::of(&mounts)? {
         Plan::Layers { layers, overlay } => {
-            let cache = Cache::new(&config.cache_dir, config.cache_size_mib)?;
-            let images = images(&cache, id, layers).await?;
-            let mut mounts: Vec<_> = (1..=images.len() as u32)
-                .map(|number| Template {
-                    kind: "erofs".into(),
-                    source: match images.len() {
-                        1 => Source::Disk,
-                        _ => Source::Partition(number),
-                    },
-                    options: vec!["ro".into()],
-                })
-                .collect();
+            let mut images = images(&cache()?, id, layers).await?;
+            let layers = images.len();
+            images.extend(bound);
+            let source = |number| match images.len() {
+                1 => Source::Disk(0),
+                _ => Source::Partition(0, number as u32),
+            };
+            let erofs = |number| Template {
+                kind: "erofs".into(),
+                source: source(number),
+                target: if number > layers { BINDS } else { "" },
+                options: vec!["ro".into()],
+            };
+            let mut mounts: Vec<_> = (1..=layers).map(erofs).collect();
             mounts.extend(overlay.map(|options| Template {
                 kind: "overlay".into(),
                 source: Source::None,
+                target: "",
                 options,
             }));
-            let mut disks = Vec::new();
+            mounts.extend((layers + 1..=images.len()).map(erofs));
             if !images.is_empty() {
                 disks.push(composite::disk(&disk_id, images)?);
             }
-            Ok(Rootfs {
+            return Ok(Rootfs {
                 disks,
                 mounts: Mounts(mounts),
-            })
+            });
         }
         Plan::Disk {
             kind,
             path,
             read_only,
             options,
-        } => Ok(Rootfs {
-            disks: vec![block::disk(&disk_id, &path, read_only)?],
-            mounts: Mounts(vec![Template {
+        } => {
+            disks.push(block::disk(&disk_id, &path, read_only)?);
+            vec![Template {
                 kind,
-                source: Source::Disk,
+                source: Source::Disk(0),
+                target: "",
                 options,
-            }]),
-        }),
+            }]
+        }
+    };
+    if let Some(image) = bound {
+        mounts.push(Template {
+            kind: "erofs".into(),
+            source: Source::Disk(disks.len()),
+            target: BINDS,
+            options: vec!["ro".into()],
+        });
+        disks.push(composite::disk("binds", vec![image])?);
     }
+    Ok(Rootfs {
+        disks,
+        mounts: Mounts(mounts),
+    })
 }
 
 /// Makes the disk of a pod for what its containers write.
@@ -270,6 +304,9 @@ pub enum Error {
         "the container's layers need a disk of {extents} parts, but there can be {most}: squash some layers of its image"
     )]
     TooManyLayers { extents: usize, most: usize },
+    /// A file of the host cannot be bound.
+    #[error(transparent)]
+    Bind(#[from] binds::Error),
     /// A layer's files could not be read.
     #[error(transparent)]
     Tree(#[from] tree::Error),
@@ -303,9 +340,13 @@ impl Error {
             }
             Self::Damaged { .. } => Code::DATA_LOSS,
             Self::Full { .. } | Self::NearlyFull { .. } => Code::RESOURCE_EXHAUSTED,
-            Self::Tree(tree::Error::MountPoint(_) | tree::Error::Xattr { .. }) => {
-                Code::UNIMPLEMENTED
-            }
+            Self::Bind(error) => error.code(),
+            Self::Tree(
+                tree::Error::MountPoint(_)
+                | tree::Error::Xattr { .. }
+                | tree::Error::Special(_)
+                | tree::Error::TooLarge,
+            ) => Code::UNIMPLEMENTED,
             Self::Tree(tree::Error::Io { .. }) | Self::Image { .. } | Self::Io { .. } => {
                 Code::INTERNAL
             }

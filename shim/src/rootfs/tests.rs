@@ -35,7 +35,13 @@ impl Host {
     }
 
     async fn prepare(&self, mounts: Vec<Mount>) -> Result<Rootfs, Error> {
-        prepare(&self.config, "a-container-with-a-long-name", mounts).await
+        prepare(
+            &self.config,
+            "a-container-with-a-long-name",
+            mounts,
+            Binds::default(),
+        )
+        .await
     }
 }
 

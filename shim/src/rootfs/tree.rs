@@ -32,6 +32,12 @@ pub enum Error {
     /// Another file system is mounted in the tree.
     #[error("{0} is a mount point: unmount it, or give it to the container as a volume")]
     MountPoint(PathBuf),
+    /// A file through which processes would meet, or a device of the host, where only content is wanted.
+    #[error("{0} is a device, a named pipe or a socket, which cannot be copied: remove it")]
+    Special(PathBuf),
+    /// There is more than is wanted.
+    #[error("the tree is too large")]
+    TooLarge,
     /// A file has an extended attribute that cannot be kept.
     #[error(
         "the extended attribute {name} of {path} cannot be kept: unknown name space or too long"
@@ -57,14 +63,8 @@ pub fn open(root: impl AsFd, path: &Path, flags: OFlags) -> io::Result<File> {
 /// Everything that the format can hold is kept: owners, modes, times, hard links, devices, whiteouts (character devices with the
 /// number 0:0), extended attributes with overlayfs' own among them. Attributes in `btrfs.`, which tell the host's file system
 /// how to store a file, stay behind.
-pub fn read(root: BorrowedFd<'_>) -> Result<Image, Error> {
-    let mut walk = Walk {
-        root,
-        inodes: Vec::new(),
-        links: HashMap::new(),
-        directories: VecDeque::new(),
-        xattr: vec![0; 2 * XATTR_MAX],
-    };
+pub fn read(root: BorrowedFd<'_>, limits: Option<&mut Limits>) -> Result<Image, Error> {
+    let mut walk = Walk::new(root, limits);
     walk.add(root, c".", PathBuf::new(), 0)?;
     while let Some(directory) = walk.directories.pop_front() {
         walk.enter(directory)?;
@@ -72,6 +72,49 @@ pub fn read(root: BorrowedFd<'_>) -> Result<Image, Error> {
     Ok(Image {
         inodes: walk.inodes,
     })
+}
+
+/// Reads one file of a directory. Its path in the image's content is empty.
+pub fn read_file(
+    directory: BorrowedFd<'_>,
+    name: &CStr,
+    limits: &mut Limits,
+) -> Result<Image, Error> {
+    let mut walk = Walk::new(directory, Some(limits));
+    walk.add(directory, name, PathBuf::new(), 0)?;
+    // Other names of it are not there.
+    for inode in &mut walk.inodes {
+        inode.links = 1;
+    }
+    Ok(Image {
+        inodes: walk.inodes,
+    })
+}
+
+/// How much may be read. Where there is a limit, only content is wanted: neither devices nor pipes nor sockets.
+#[derive(Debug)]
+pub struct Limits {
+    pub files: usize,
+    /// The sizes of regular files together.
+    pub bytes: u64,
+}
+
+impl Limits {
+    /// Takes a file from what may be read.
+    fn take(&mut self, kind: FileType, size: u64, path: &Path) -> Result<(), Error> {
+        let bytes = match kind {
+            FileType::RegularFile => size,
+            FileType::Directory | FileType::Symlink => 0,
+            FileType::CharacterDevice
+            | FileType::BlockDevice
+            | FileType::Fifo
+            | FileType::Socket
+            | FileType::Unknown => return Err(Error::Special(path.into())),
+        };
+        self.files = self.files.checked_sub(1).ok_or(Error::TooLarge)?;
+        self.bytes = self.bytes.checked_sub(bytes).ok_or(Error::TooLarge)?;
+        Ok(())
+    }
 }
 
 struct Walk<'a> {
@@ -83,6 +126,7 @@ struct Walk<'a> {
     directories: VecDeque<Directory>,
     /// Space for a list of names and for a value.
     xattr: Vec<u8>,
+    limits: Option<&'a mut Limits>,
 }
 
 struct Directory {
@@ -91,7 +135,18 @@ struct Directory {
     parent: usize,
 }
 
-impl Walk<'_> {
+impl<'a> Walk<'a> {
+    fn new(root: BorrowedFd<'a>, limits: Option<&'a mut Limits>) -> Self {
+        Self {
+            root,
+            inodes: Vec::new(),
+            links: HashMap::new(),
+            directories: VecDeque::new(),
+            xattr: vec![0; 2 * XATTR_MAX],
+            limits,
+        }
+    }
+
     /// Reads a directory's entries.
     fn enter(&mut self, directory: Directory) -> Result<(), Error> {
         let Directory {
@@ -139,6 +194,9 @@ impl Walk<'_> {
         let stat = rustix::fs::statat(at, name, AtFlags::SYMLINK_NOFOLLOW)
             .map_err(failed("stat", &path))?;
         let kind = FileType::from_raw_mode(stat.st_mode);
+        if let Some(limits) = &mut self.limits {
+            limits.take(kind, stat.st_size as u64, &path)?;
+        }
         let number = self.inodes.len();
         if kind != FileType::Directory && stat.st_nlink > 1 {
             let names = self.links.entry((stat.st_dev, stat.st_ino));
@@ -251,7 +309,7 @@ mod tests {
 
     fn image(root: &Path, to: &Path) -> u64 {
         let root = File::open(root).unwrap();
-        let image = read(root.as_fd()).unwrap();
+        let image = read(root.as_fd(), None).unwrap();
         let file = File::create_new(to).unwrap();
         let open = |path: &Path| open(&root, path, OFlags::empty());
         let size = image.write(open, &file).unwrap();
@@ -313,7 +371,7 @@ mod tests {
                 "{path}"
             );
         }
-        let error = read(File::open("/").unwrap().as_fd());
+        let error = read(File::open("/").unwrap().as_fd(), None);
         assert!(matches!(error, Err(Error::MountPoint(_))), "{error:?}");
     }
 }

@@ -27,6 +27,7 @@ use crate::hooks::Stage;
 use crate::machine::{self, CMDLINE, Machine, MachineSpec, Reason};
 use crate::options::Options;
 use crate::process::Process;
+use crate::rootfs::binds::Binds;
 use crate::rootfs::{self, Mounts, Rootfs};
 use crate::sizing::{self, Host};
 use crate::spec::Spec;
@@ -40,6 +41,7 @@ struct Bundled<'a> {
     spec: &'a Spec<'a>,
     annotations: &'a HashMap<String, String>,
     for_guest: Vec<u8>,
+    binds: Binds,
 }
 
 impl Tasks {
@@ -61,9 +63,12 @@ impl Tasks {
         let config = load_config(request.options.as_ref(), &bundle)?;
         // What the guest cannot do is refused before there is one.
         let network = spec.network()?;
-        let for_guest = match kind {
-            Kind::Sandbox => Vec::new(),
-            Kind::Member | Kind::Single => spec.for_guest()?,
+        let (for_guest, binds) = match kind {
+            Kind::Sandbox => (Vec::new(), Binds::default()),
+            Kind::Member | Kind::Single => {
+                let binds = Binds::open(spec.binds()?).map_err(rootfs::Error::from)?;
+                (spec.for_guest(binds.in_guest())?, binds)
+            }
         };
         let stdio = Stdio {
             stdin: request.stdin.clone(),
@@ -85,6 +90,7 @@ impl Tasks {
             spec: &spec,
             annotations: &annotations,
             for_guest,
+            binds,
         };
         let made = async {
             for stage in [Stage::Prestart, Stage::CreateRuntime] {
@@ -140,6 +146,7 @@ impl Tasks {
             spec,
             annotations,
             for_guest,
+            binds,
         } = bundled;
         if kind == Kind::Sandbox {
             self.boot(config, spec, annotations, Vec::new()).await?;
@@ -148,7 +155,7 @@ impl Tasks {
             return Ok((None, Vec::new()));
         }
         let ends = Ends::open(stdio, &self.owner(&request.id)).await?;
-        let files = rootfs::prepare(config, &request.id, root(request, spec)?);
+        let files = rootfs::prepare(config, &request.id, root(request, spec)?, binds);
         let (files, slots) = if kind == Kind::Single {
             self.boot_for(config, spec, annotations, files).await?
         } else {
