@@ -14,12 +14,12 @@ use crate::cgroup::devices::{self, Rule};
 use crate::cgroup::limits;
 use crate::child::Container;
 use crate::error::{Context, Error};
-use crate::oci::Namespaces;
 use crate::oci::mapping::Mappings;
 use crate::oci::mount::{self, Mount};
 use crate::oci::program::Program;
 use crate::oci::root::{Binds, Root};
 use crate::oci::seccomp::Filter;
+use crate::oci::{Join, Namespaces};
 use crate::process::Streams;
 use crate::sys;
 
@@ -40,6 +40,7 @@ pub struct Creation {
 pub struct Plan {
     pub container: Container,
     pub program: Program,
+    pub joins: Vec<Join>,
     pub resources: LinuxResources,
     pub devices: Vec<Rule>,
     pub mappings: Mappings,
@@ -55,7 +56,7 @@ impl Plan {
         let spec = &creation.spec;
         let linux = spec.linux().as_ref().ok_or_else(|| missing("linux"))?;
         let process = spec.process().as_ref().ok_or_else(|| missing("process"))?;
-        let namespaces = Namespaces::new(linux)?;
+        let (namespaces, joins) = Namespaces::new(linux)?;
         let seccomp = linux.seccomp().as_ref().map(Filter::compile).transpose()?;
         let resources = linux.resources().clone().unwrap_or_default();
         limits::settings(&resources)?;
@@ -69,8 +70,8 @@ impl Plan {
             id: creation.id.clone(),
             namespaces,
             root: creation.root.clone(),
-            scratch: paths.run.join("scratch").join(&creation.id),
             binds: creation.binds.clone(),
+            scratch: paths.run.join("scratch").join(&creation.id),
             place: paths.run.join("root"),
             cgroup,
             mounts: spec
@@ -108,6 +109,7 @@ impl Plan {
         };
         Ok(Self {
             program: Program::new(process, creation.terminal, seccomp.clone())?,
+            joins,
             devices: devices::rules(device_rules)?,
             resources,
             mappings: mappings(namespaces, linux)?,
@@ -246,9 +248,9 @@ mod tests {
             bundle: String::new(),
             spec: crate::oci::parse_spec(spec.as_bytes())?,
             root: Root::Empty,
+            binds: None,
             terminal: false,
             streams: Streams::default(),
-            binds: None,
         };
         let paths = Paths {
             run: "/run".into(),

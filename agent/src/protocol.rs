@@ -23,8 +23,8 @@
 //!   empty.
 //!
 //! Fields of the specification that only the host can carry out are not read by the agent, and are the shim's: `root.path`,
-//! `annotations`, `linux.cgroupsPath`, every kind of hook but `createContainer` and `startContainer` (whose programs are the container's), and the paths of namespaces (a network, IPC, UTS, PID or
-//! cgroup namespace with a path, or without an entry, is the guest's own). `process.apparmorProfile`, `process.selinuxLabel`, `linux.mountLabel`,
+//! `annotations`, `linux.cgroupsPath`, every kind of hook but `createContainer` and `startContainer` (whose programs are the container's), and the paths of namespaces: a network, IPC, UTS, PID or
+//! cgroup namespace with a path, or without an entry, is the guest's own, but for a path that [`namespace_of`] wrote. `process.apparmorProfile`, `process.selinuxLabel`, `linux.mountLabel`,
 //! `linux.resources.cpu.cpus` and `mems` and
 //! whatever else the agent does not do it refuses: the shim removes what the host can answer for. Sources of bind mounts are paths
 //! of the guest.
@@ -78,6 +78,16 @@ pub fn parse_disk_source(source: &str) -> Option<(u8, Option<u32>)> {
         None => (rest, None),
     };
     Some((slot.parse().ok().filter(|&s| s < 32)?, partition))
+}
+
+/// Names the namespace of a container, as the path of a namespace that another container joins.
+pub fn namespace_of(container: &str) -> String {
+    format!("container:{container}")
+}
+
+/// Reads what [`namespace_of`] wrote: the container.
+pub fn parse_namespace_of(path: &str) -> Option<&str> {
+    path.strip_prefix("container:")
 }
 
 #[cfg(test)]

@@ -1,8 +1,10 @@
 //! Makes the processes of containers.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+
+use rustix::fs::{Mode, OFlags};
 
 use crate::agent::{Agent, Owner};
 use crate::cgroup::Cgroup;
@@ -11,9 +13,10 @@ use crate::child::channel::{self, Parent, Report};
 use crate::child::outside::Outside;
 use crate::container::Container;
 use crate::error::{Context, Error};
+use crate::oci::Join;
 use crate::oci::mapping::Mappings;
 use crate::plan::{Plan, TimeOffset, write_time_offsets};
-use crate::process::Process;
+use crate::process::{Process, Status};
 use crate::stdio;
 use crate::sys::{self, Fork};
 
@@ -26,6 +29,7 @@ impl Agent {
         cgroup: &Cgroup,
     ) -> Result<Parent, Error> {
         let container = &plan.container;
+        let (pid_namespace, joined) = self.open_joined(&plan.joins)?;
         let outside = match container.needs_outside() {
             true => Some(self.prepare_outside(container).await?),
             false => None,
@@ -37,10 +41,14 @@ impl Agent {
         let new = container.namespaces.new & !(sys::CLONE_NEWCGROUP | sys::CLONE_NEWTIME);
         let time = container.namespaces.has(sys::CLONE_NEWTIME);
         let fork = self.in_new_time(time.then_some(plan.time_offsets.as_slice()), || {
-            sys::fork_into(new, Some(cgroup.directory())).context(|| "making a process".into())
+            let pid_namespace = pid_namespace.as_ref().map(AsFd::as_fd);
+            self.in_pid_namespace(pid_namespace, || {
+                sys::fork_into(new, Some(cgroup.directory()))
+            })
+            .context(|| "making a process".into())
         })?;
         match fork {
-            Fork::Child => child::init(container, &process.program, outside, stdio, &end),
+            Fork::Child => child::init(container, &process.program, &joined, outside, stdio, &end),
             Fork::Parent(pid, descriptor) => {
                 let owner = Owner::Unborn(process.clone());
                 self.born(process, pid, descriptor, owner);
@@ -52,6 +60,42 @@ impl Agent {
         adjust_oom_score(process)?;
         self.until_ready(&parent, process, &plan.mappings).await?;
         Ok(parent)
+    }
+
+    /// Opens namespaces of other containers: that of processes, which a process must be born in, and those that it enters by itself.
+    fn open_joined(&self, joins: &[Join]) -> Result<(Option<OwnedFd>, Vec<OwnedFd>), Error> {
+        let mut pid_namespace = None;
+        let mut others = Vec::new();
+        for Join { kind, container } in joins {
+            let init = self.container(container)?.init.clone();
+            if init.status() == Status::Stopped {
+                return Err(Error::FailedPrecondition(format!(
+                    "cannot join a namespace of container {container:?}: it is stopped"
+                )));
+            }
+            let name = match *kind {
+                sys::CLONE_NEWPID => "pid",
+                sys::CLONE_NEWIPC => "ipc",
+                sys::CLONE_NEWUTS => "uts",
+                sys::CLONE_NEWCGROUP => "cgroup",
+                kind => {
+                    return Err(Error::InvalidArgument(format!(
+                        "no container can share its namespace of type {kind:#x}"
+                    )));
+                }
+            };
+            // The agent has not waited for it yet, so the number is still its own.
+            let path = format!("/proc/{}/ns/{name}", init.pid());
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            let namespace = rustix::fs::open(&path, flags, Mode::empty());
+            let namespace = namespace
+                .context(|| format!("opening the {name} namespace of container {container:?}"))?;
+            match *kind {
+                sys::CLONE_NEWPID => pid_namespace = Some(namespace),
+                _ => others.push(namespace),
+            }
+        }
+        Ok((pid_namespace, others))
     }
 
     /// Prepares, in a process of its own that then ends, what the init of a container could not.
@@ -143,8 +187,8 @@ impl Agent {
         let (parent, end) = channel::pair()?;
         let owner = container.mappings.user(process.program.uid.as_raw());
         let (stdio, relays) = stdio::prepare(process, owner, self.null())?;
-        let own = container.built.namespaces.has(sys::CLONE_NEWPID);
-        let fork = self.in_pid_namespace(own.then_some(&target), || {
+        let own = container.built.namespaces.entered() & sys::CLONE_NEWPID != 0;
+        let fork = self.in_pid_namespace(own.then_some(target.as_fd()), || {
             sys::fork_into(0, Some(container.cgroup.directory()))
         });
         match fork.context(|| format!("making a process in container {id:?}"))? {
@@ -166,11 +210,11 @@ impl Agent {
     /// Runs `make` so that the child it makes is born in the PID namespace of `target`.
     fn in_pid_namespace(
         &self,
-        target: Option<&Arc<OwnedFd>>,
+        target: Option<BorrowedFd<'_>>,
         make: impl FnOnce() -> std::io::Result<Fork>,
     ) -> std::io::Result<Fork> {
         let Some(target) = target else { return make() };
-        sys::setns(target.as_fd(), sys::CLONE_NEWPID)?;
+        sys::setns(target, sys::CLONE_NEWPID)?;
         let made = make();
         if !matches!(made, Ok(Fork::Child)) {
             sys::setns(self.pid_namespace(), sys::CLONE_NEWPID)?;

@@ -144,9 +144,12 @@ impl Error {
             | Self::Entropy(_)
             | Self::Hook(_)
             | Self::StandIn(_) => Code::INTERNAL,
-            Self::Spec(spec::Error::Json { .. } | spec::Error::HostNetwork) | Self::Streams(_) => {
-                Code::INVALID_ARGUMENT
-            }
+            Self::Spec(
+                spec::Error::Json { .. }
+                | spec::Error::HostNetwork
+                | spec::Error::ForeignNamespace(_),
+            )
+            | Self::Streams(_) => Code::INVALID_ARGUMENT,
             Self::Network(error) => match error {
                 network::Error::Kind { .. } => Code::UNIMPLEMENTED,
                 _ => Code::INTERNAL,

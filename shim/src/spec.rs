@@ -7,6 +7,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
+use bulkhead_agent::protocol::namespace_of;
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Root};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -27,6 +28,10 @@ pub enum Error {
         "the network namespace of the host was asked for, which a microVM cannot be in; give the container a network of its own"
     )]
     HostNetwork,
+    #[error(
+        "linux.namespaces: {} is no namespace of this microVM: a container can share those of its own pod's containers only", .0.display()
+    )]
+    ForeignNamespace(PathBuf),
 }
 
 /// Fields of a JSON object, each as its text.
@@ -134,17 +139,40 @@ impl<'a> Spec<'a> {
     }
 
     /// The text for the guest: without what the host takes care of, and with mounts in the guest's terms: what is bound of the host's files is
-    /// at these `places`, in the order of [`Self::binds`].
+    /// at these `places`, in the order of [`Self::binds`]. `owner` says which container a path of the host that stands for a namespace
+    /// belongs to; none if that is the machine.
     ///
     /// # Errors
     ///
     /// What neither the host nor the guest can do is refused by name.
-    pub fn for_guest(&self, places: Vec<PathBuf>) -> Result<Vec<u8>, Error> {
+    pub fn for_guest(
+        &self,
+        places: Vec<PathBuf>,
+        owner: impl Fn(&Path) -> Result<Option<String>, Error>,
+    ) -> Result<Vec<u8>, Error> {
         let mut linux = self.linux.clone();
         let mut namespaces: Vec<LinuxNamespace> =
             part(&self.linux, "namespaces")?.unwrap_or_default();
-        // The guest's network is the sandbox's. Namespaces of other kinds that have a path are too, as the agent takes it.
+        // The guest's network is the sandbox's. Namespaces of other kinds that have a path are too, as the agent takes it, unless they are
+        // another container's.
         namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+        for namespace in &mut namespaces {
+            let shared = match namespace.typ() {
+                LinuxNamespaceType::Cgroup
+                | LinuxNamespaceType::Ipc
+                | LinuxNamespaceType::Pid
+                | LinuxNamespaceType::Uts => namespace.path().as_deref(),
+                // The container's own, or refused by the agent.
+                LinuxNamespaceType::Mount
+                | LinuxNamespaceType::Network
+                | LinuxNamespaceType::Time
+                | LinuxNamespaceType::User => None,
+            };
+            let shared = shared.filter(|path| !path.as_os_str().is_empty());
+            if let Some(container) = shared.map(&owner).transpose()?.flatten() {
+                namespace.set_path(Some(namespace_of(&container).into()));
+            }
+        }
         let namespaces = to_text("namespaces", &namespaces)?;
         linux.insert("namespaces".into(), namespaces);
         linux.remove("mountLabel");
@@ -316,7 +344,10 @@ mod tests {
     fn guest(config: &Value) -> Result<Value, Error> {
         let text = config.to_string();
         let places = vec!["/there".into()];
-        let guest = Spec::parse(text.as_bytes())?.for_guest(places)?;
+        let guest = Spec::parse(text.as_bytes())?.for_guest(places, |path| {
+            let name = path.to_str().unwrap();
+            Ok(name.strip_prefix("/ns/of/").map(str::to_owned))
+        })?;
         Ok(serde_json::from_slice(&guest).unwrap())
     }
 
@@ -384,6 +415,21 @@ mod tests {
         assert_eq!(hooks.subject.annotations["a"], "b");
         // They are the host's as they are: the guest does not read them.
         assert!(guest(&config).is_ok());
+    }
+
+    #[test]
+    fn namespaces_of_other_containers_are_named_by_them() {
+        let mut shared = config();
+        shared["linux"]["namespaces"] = json!([
+            {"type": "mount"}, {"type": "pid", "path": "/ns/of/c2"}, {"type": "ipc", "path": "/run/ipc"}, {"type": "user", "path": "/ns/of/c2"}, {"type": "uts", "path": ""},
+        ]);
+        let guest = guest(&shared).unwrap();
+        let namespaces = &guest["linux"]["namespaces"];
+        assert_eq!(namespaces[1]["path"], "container:c2");
+        for unchanged in [0, 2, 3] {
+            let before = &shared["linux"]["namespaces"][unchanged];
+            assert_eq!(&namespaces[unchanged], before);
+        }
     }
 
     #[test]

@@ -80,15 +80,25 @@ pub struct Stdio {
     pub error: OwnedFd,
 }
 
-/// The init process of a container: builds the container around itself, waits for the order to start, and becomes the program.
+/// The init process of a container: enters the namespaces of other containers that it shares (`joined`), builds the container around
+/// itself, waits for the order to start, and becomes the program.
 pub fn init(
     container: &Container,
     program: &Program,
+    joined: &[OwnedFd],
     outside: Option<Outside>,
     stdio: Option<Stdio>,
     channel: &Child,
 ) -> ! {
-    end(build(container, program, outside, stdio, channel), channel)
+    let enter = || {
+        begin()?;
+        for namespace in joined {
+            sys::setns(namespace.as_fd(), 0)
+                .context(|| "entering a namespace of another container".into())?;
+        }
+        build(container, program, outside, stdio, channel)
+    };
+    end(enter(), channel)
 }
 
 /// A further process of a container whose init is `target` (a pidfd): joins its namespaces and becomes the program.
@@ -115,7 +125,6 @@ fn build(
     stdio: Option<Stdio>,
     channel: &Child,
 ) -> Result<Infallible, Error> {
-    begin()?;
     let has = |flag| container.namespaces.has(flag);
     let in_user_namespace = has(sys::CLONE_NEWUSER);
     if in_user_namespace {
@@ -142,6 +151,10 @@ fn build(
     rustix::process::umask(Mode::empty());
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private).context(|| "making mounts private".into())?;
+    // With a user namespace all that needs them is prepared outside.
+    if !in_user_namespace {
+        root::mount_binds(container)?;
+    }
     let Outside { root, mut mounts } = match outside {
         Some(outside) => outside,
         None => Outside {
@@ -151,10 +164,6 @@ fn build(
     };
     let prepare = |mount| mounts::prepare(mount, container, &mut mounts);
     let mounts = container.mounts.iter().map(prepare);
-    // With a user namespace all that needs them is prepared outside.
-    if !in_user_namespace {
-        root::mount_binds(container)?;
-    }
     let mounts: Vec<_> = mounts.collect::<Result<_, _>>()?;
     let devices = if container.own_devices() {
         devices::prepare(&container.devices, in_user_namespace)?
@@ -221,7 +230,7 @@ fn join(
     let keyring = keyring.context(|| "naming the session keyring".into())?;
     sys::join_session_keyring(&keyring).context(|| "joining a session keyring".into())?;
     // The agent has arranged that this process was born in the container's PID namespace.
-    let namespaces = container.namespaces.new & !sys::CLONE_NEWPID;
+    let namespaces = container.namespaces.entered() & !sys::CLONE_NEWPID;
     sys::setns(target, namespaces).context(|| "entering the container's namespaces".into())?;
     if container.namespaces.has(sys::CLONE_NEWUSER) {
         become_root()?;

@@ -11,9 +11,12 @@ pub mod root;
 pub mod seccomp;
 
 use oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxResources, Process, Spec};
+use std::path::Path;
+
 use serde::de::DeserializeOwned;
 
 use crate::error::Error;
+use crate::protocol::parse_namespace_of;
 use crate::sys;
 
 /// Reads a container's `config.json`.
@@ -158,19 +161,32 @@ fn is_set(text: &Option<String>) -> bool {
     text.as_deref().is_some_and(|text| !text.is_empty())
 }
 
-/// The namespaces of a container: those in `new` are its own, all others are the sandbox's.
+/// The namespaces of a container, as `CLONE_NEW*`: those in `new` are its own, those in `joined` another container's, all others are
+/// the sandbox's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Namespaces {
-    /// `CLONE_NEW*`.
     pub new: i32,
+    pub joined: i32,
+}
+
+/// A namespace that a container shares with another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Join {
+    /// `CLONE_NEW*`.
+    pub kind: i32,
+    /// Whose it is.
+    pub container: String,
 }
 
 impl Namespaces {
     /// Reads `linux.namespaces`. An entry without a path is a namespace of the container's own. A network, IPC, UTS, PID or cgroup
-    /// namespace that has a path (a file of the host, which stands for the pod's) or no entry is the sandbox's. A user namespace is always
-    /// the container's own: the sandbox has none, and containers of a pod that share one on the host have equal mappings here.
-    pub fn new(linux: &Linux) -> Result<Self, Error> {
+    /// namespace that has a path (a file of the host, which stands for the pod's) or no entry is the sandbox's, unless the path names another
+    /// container's. A user namespace is always the container's own: the sandbox has none, and containers of a pod that share one on the
+    /// host have equal mappings here.
+    pub fn new(linux: &Linux) -> Result<(Self, Vec<Join>), Error> {
         let mut new = 0;
+        let mut joined = 0;
+        let mut joins = Vec::new();
         for namespace in linux.namespaces().iter().flatten() {
             let (name, flag) = match namespace.typ() {
                 LinuxNamespaceType::Mount => ("mount", sys::CLONE_NEWNS),
@@ -182,21 +198,26 @@ impl Namespaces {
                 LinuxNamespaceType::Network => ("network", sys::CLONE_NEWNET),
                 LinuxNamespaceType::Time => ("time", sys::CLONE_NEWTIME),
             };
-            if new & flag != 0 {
+            if (new | joined) & flag != 0 {
                 return Err(Error::InvalidArgument(format!(
                     "linux.namespaces has two entries of type {name}"
                 )));
             }
-            let shared = namespace
-                .path()
-                .as_ref()
-                .is_some_and(|path| !path.as_os_str().is_empty());
-            if !shared || flag == sys::CLONE_NEWUSER {
+            let path = namespace.path().as_deref();
+            let path = path.filter(|path| !path.as_os_str().is_empty());
+            if path.is_none() || flag == sys::CLONE_NEWUSER {
                 new |= flag;
             } else if flag & (sys::CLONE_NEWNS | sys::CLONE_NEWTIME) != 0 {
                 return Err(refused(&format!(
                     "linux.namespaces: the path of a {name} namespace"
                 )));
+            } else if let Some(container) = path.and_then(Path::to_str).and_then(parse_namespace_of)
+            {
+                joined |= flag;
+                joins.push(Join {
+                    kind: flag,
+                    container: container.to_owned(),
+                });
             }
         }
         if new & sys::CLONE_NEWNS == 0 {
@@ -205,7 +226,17 @@ impl Namespaces {
                     .into(),
             ));
         }
-        Ok(Self { new })
+        if joined != 0 && new & sys::CLONE_NEWUSER != 0 {
+            return Err(refused(
+                "linux.namespaces: a namespace of another container together with a user namespace",
+            ));
+        }
+        Ok((Self { new, joined }, joins))
+    }
+
+    /// Those that are not the sandbox's.
+    pub fn entered(self) -> i32 {
+        self.new | self.joined
     }
 
     /// Whether the container has a namespace of its own of this kind.
@@ -255,13 +286,27 @@ mod tests {
             r#"{"namespaces":[{"type":"mount"},{"type":"pid"},{"type":"network","path":"/proc/1/ns/net"}]}"#,
         )
         .unwrap();
-        let namespaces = Namespaces::new(&linux).unwrap();
+        let (namespaces, joins) = Namespaces::new(&linux).unwrap();
         assert_eq!(namespaces.new, sys::CLONE_NEWNS | sys::CLONE_NEWPID);
+        assert!(namespaces.joined == 0 && joins.is_empty());
+        let linux: Linux = serde_json::from_str(
+            r#"{"namespaces":[{"type":"mount"},{"type":"pid","path":"container:c1"},{"type":"uts"}]}"#,
+        )
+        .unwrap();
+        let (namespaces, joins) = Namespaces::new(&linux).unwrap();
+        assert_eq!(namespaces.joined, sys::CLONE_NEWPID);
+        assert!(!namespaces.has(sys::CLONE_NEWPID) && namespaces.has(sys::CLONE_NEWUTS));
+        let container = "c1".to_owned();
+        let kind = sys::CLONE_NEWPID;
+        assert_eq!(joins, [Join { kind, container }]);
         for bad in [
             r#"{"namespaces":[{"type":"pid"}]}"#,
             r#"{"namespaces":[{"type":"mount","path":"/x"}]}"#,
             r#"{"namespaces":[{"type":"mount"},{"type":"time","path":"/x"}]}"#,
             r#"{"namespaces":[{"type":"mount"},{"type":"mount"}]}"#,
+            r#"{"namespaces":[{"type":"mount"},{"type":"ipc","path":"container:a"},{"type":"ipc"}]}"#,
+            r#"{"namespaces":[{"type":"mount"},{"type":"ipc","path":"container:a"},{"type":"user"}]}"#,
+            r#"{"namespaces":[{"type":"mount","path":"container:a"}]}"#,
         ] {
             let linux: Linux = serde_json::from_str(bad).unwrap();
             assert!(Namespaces::new(&linux).is_err(), "{bad}");

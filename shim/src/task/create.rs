@@ -67,7 +67,8 @@ impl Tasks {
             Kind::Sandbox => (Vec::new(), Binds::default()),
             Kind::Member | Kind::Single => {
                 let binds = Binds::open(spec.binds()?).map_err(rootfs::Error::from)?;
-                (spec.for_guest(binds.in_guest())?, binds)
+                let owner = |path: &Path| self.owner_of_namespace(path);
+                (spec.for_guest(binds.in_guest(), owner)?, binds)
             }
         };
         let stdio = Stdio {

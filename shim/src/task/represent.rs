@@ -8,7 +8,9 @@ use std::sync::Arc;
 use containerd_shim_protos::api::KillRequest;
 
 use super::{Entry, Tasks, process};
+use crate::annotations::Kind;
 use crate::error::Error;
+use crate::spec;
 use crate::stand_in::{Network, Signals, StandIn};
 
 impl Tasks {
@@ -105,6 +107,21 @@ impl Tasks {
         }
     }
 
+    /// The container that a namespace belongs to, by the path of the host that stands for it; none if it is the machine's: that of the
+    /// sandbox, which has no process in the guest, or of a file that somebody keeps for the pod.
+    pub(super) fn owner_of_namespace(&self, path: &Path) -> Result<Option<String>, spec::Error> {
+        let Some(pid) = process_of(path) else {
+            return Ok(None);
+        };
+        let foreign = || spec::Error::ForeignNamespace(path.to_owned());
+        let (id, _) = self.represented_by(pid).ok_or_else(foreign)?;
+        let kind = self.with(&id, |container| Ok(container.kind));
+        match kind.map_err(|_| foreign())? {
+            Kind::Sandbox => Ok(None),
+            Kind::Member | Kind::Single => Ok(Some(id)),
+        }
+    }
+
     /// The container and the exec that a host's process stands for.
     fn represented_by(&self, pid: u32) -> Option<(String, String)> {
         self.table().entries.values().find_map(|entry| match entry {
@@ -121,5 +138,31 @@ impl Tasks {
             }
             Entry::Creating => None,
         })
+    }
+}
+
+/// The process in a path of the form `/proc/PID/ns/TYPE`.
+fn process_of(path: &Path) -> Option<u32> {
+    let mut parts = path.strip_prefix("/proc").ok()?.iter();
+    let pid = parts.next()?.to_str()?.parse().ok()?;
+    (parts.next()? == "ns").then_some(pid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_of_namespaces_have_processes() {
+        let process = |path: &str| process_of(Path::new(path));
+        assert_eq!(process("/proc/12/ns/pid"), Some(12));
+        for other in [
+            "/run/netns/12",
+            "/proc/self/ns/pid",
+            "/proc/12",
+            "/proc/12/fd/3",
+        ] {
+            assert_eq!(process(other), None, "{other}");
+        }
     }
 }

@@ -40,6 +40,48 @@ fn the_containers_of_a_pod_share_its_machine() {
     assert_eq!(boot_id(&inside), boot_id(&beside.text()));
     assert!(beside.text().starts_with("0\n"), "{}", beside.text());
 
+    // A container may share what another has, found by the host's process that stands for it; that of the pod stands for the machine.
+    let look = [
+        "sh",
+        "-c",
+        "for kind in pid ipc uts; do readlink /proc/self/ns/$kind; done; tr '\\0' ' ' </proc/1/cmdline",
+    ];
+    let own = first.exec(&look).output().unwrap().success().unwrap();
+    let sharing = |pid: u32| {
+        let shared = ["pid", "ipc", "uts"].into_iter();
+        let options = shared.flat_map(|kind| {
+            [
+                "--with-ns".to_owned(),
+                format!("{kind}:/proc/{pid}/ns/{kind}"),
+            ]
+        });
+        member().options(options)
+    };
+    let debugger = sharing(first.pid().unwrap())
+        .start(&["sleep", "1000"])
+        .unwrap();
+    let shared = debugger.exec(&look).output().unwrap().success().unwrap();
+    assert_eq!(shared, own);
+    debugger.kill("SIGKILL").unwrap();
+    assert_eq!(debugger.wait().unwrap(), 137);
+    let machines = sharing(sandbox.pid().unwrap()).run(&look).output().unwrap();
+    let machines = machines.success().unwrap();
+    assert!(!machines.contains("sleep 1000"), "{machines}");
+    for line in own.lines().take(3) {
+        assert!(
+            line.contains(":[") && !machines.contains(line),
+            "{own}{machines}"
+        );
+    }
+    let foreign = sharing(1).run(&look).output().unwrap();
+    assert!(
+        foreign
+            .stderr
+            .contains("/proc/1/ns/pid is no namespace of this microVM"),
+        "{}",
+        foreign.stderr
+    );
+
     // The pod outlives its last container, and takes another.
     first.kill("SIGKILL").unwrap();
     assert_eq!(first.wait().unwrap(), 137);
