@@ -30,7 +30,8 @@ const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a guest may take to end a killed container that has a machine to itself; then the machine ends.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Waits until the end of a process is noted: who is told that it has finished looks at it next, and must find it stopped.
+/// Waits until the end of a process is noted. Who is told that it has finished, or could not start, looks at it next, and must find it
+/// stopped: ctr deletes nothing else.
 async fn noted(ended: impl Future<Output = Option<Exit>>) {
     if tokio::time::timeout(KILL_PATIENCE, ended).await.is_err() {
         log::warn!("the guest says that a process has finished, but not how");
@@ -77,13 +78,17 @@ impl Tasks {
             .sandbox
             .ask(|agent| async move { agent.start(Context::default(), &request).await })
             .await;
-        self.with(&id, |container| {
+        let ended = self.with(&id, |container| {
             match &started {
                 Ok(_) => container.started(&exec_id, &self.events),
                 Err(_) => container.start_failed(&exec_id, &self.events),
             }
-            Ok(())
+            Ok(container.init.ended())
         })?;
+        if let (Err(_), "") = (&started, exec_id.as_str()) {
+            // A container that could not start has ended.
+            noted(ended).await;
+        }
         started?;
         if exec_id.is_empty() {
             return self.poststart(&id).await;

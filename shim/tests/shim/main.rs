@@ -540,18 +540,19 @@ async fn what_was_never_started_can_be_killed_and_deleted() {
     }
 }
 
-async fn what_has_finished_by_a_kills_answer_is_stopped_then() {
+async fn what_has_finished_by_an_answer_is_stopped_then() {
     let mut host = Host::new().await;
     let bundle = host.bundle("c1", &["refused"], json!({}));
     let shim = host.shim(&bundle).await;
     let request = host.create_request(&bundle);
     shim.task.create(context(), &request).await.unwrap();
-    let error = shim.start("c1", "").await.unwrap_err();
-    assert!(text(&error).contains("a hook failed"), "{error:?}");
-    let mut kill = std::pin::pin!(shim.kill("c1", "", KILL));
+    let start = shim.start("c1", "");
+    let kill = shim.kill("c1", "", KILL);
+    let (mut start, mut kill) = (std::pin::pin!(start), std::pin::pin!(kill));
     for _ in 0..100 {
         tokio::select! {
             biased;
+            answer = &mut start => panic!("{answer:?}, before its end is known"),
             answer = &mut kill => panic!("{answer:?}, before its end is known"),
             state = shim.state("c1", "") => assert_eq!(state.unwrap().status.unwrap(), Status::CREATED),
         }
@@ -561,6 +562,8 @@ async fn what_has_finished_by_a_kills_answer_is_stopped_then() {
         ..Default::default()
     };
     shim.task.pids(context(), &request).await.unwrap();
+    let error = start.await.unwrap_err();
+    assert!(text(&error).contains("a hook failed"), "{error:?}");
     assert_eq!(code(&kill.await.unwrap_err()), Code::NOT_FOUND);
     let state = shim.state("c1", "").await.unwrap();
     assert_eq!(state.status.unwrap(), Status::STOPPED);
@@ -994,7 +997,7 @@ fn main() -> ExitCode {
         want_of_memory_is_told_before_the_end,
         requests_reach_the_guest_and_its_refusals_the_client,
         what_was_never_started_can_be_killed_and_deleted,
-        what_has_finished_by_a_kills_answer_is_stopped_then,
+        what_has_finished_by_an_answer_is_stopped_then,
         a_machine_may_be_gone_before_it_answers_a_kill,
         a_machine_that_ends_ends_all_and_says_why,
         a_machine_that_does_not_come_up_says_why,

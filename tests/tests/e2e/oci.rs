@@ -252,13 +252,17 @@ fn hooks_run_in_the_container() {
     });
     assert!(text.starts_with("hooked\n"), "{text}");
     for kind in ["createContainer", "startContainer"] {
-        both(&world, "echo started", |bundle| {
+        let fail = |bundle: &mut Bundle| {
             set(
                 bundle,
                 "/hooks",
                 json!({kind: [{"path": "/bin/sh", "args": ["sh", "-c", "exit 3"]}]}),
             );
-        });
+        };
+        let outcomes = [Runtime::Runc, Runtime::Bulkhead];
+        let [runc, ours] = outcomes.map(|runtime| run(&world, runtime, "echo started", &fail));
+        assert_eq!((ours.text(), ours.code), (runc.text(), runc.code));
+        assert!(ours.stderr.contains(kind), "{}", ours.stderr);
     }
     world.finish().unwrap();
 }
