@@ -185,7 +185,11 @@ impl Agent {
                     "cannot delete a running process: container {id:?} has not been stopped"
                 )));
             }
-            Status::Added | Status::Created => init.kill(libc::SIGKILL)?,
+            Status::Added | Status::Created => match init.kill(libc::SIGKILL) {
+                // It has ended by itself, which is about to be noted.
+                Ok(()) | Err(Error::NotFound(_)) => {}
+                Err(error) => return Err(error),
+            },
             Status::Stopped => {}
         }
         self.containers().insert(id.into(), None);

@@ -347,7 +347,8 @@ fn wait_for_threads(directory: &Path, deadline: Instant) {
         let ended = match process_of(thread).map(|process| pidfd_open(process, PidfdFlags::empty()))
         {
             Some(Ok(process)) => becomes(process, PollFlags::POLLIN, left),
-            Some(Err(errno)) => errno == Errno::SRCH,
+            // EINVAL: its threads are gone, but its number is still being given back.
+            Some(Err(errno)) => matches!(errno, Errno::SRCH | Errno::INVAL),
             None => true,
         };
         if !ended || left.is_zero() {

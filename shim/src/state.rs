@@ -102,16 +102,22 @@ impl ProcessId {
         };
         let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(pidfd) => pidfd,
-            Err(Errno::SRCH) => return Ok(None),
+            // EINVAL: its threads are gone, but its number is still being given back.
+            Err(Errno::SRCH | Errno::INVAL) => return Ok(None),
             Err(errno) => return Err(errno.into()),
         };
         match Self::of(self.pid) {
             Ok(now) if now == *self => Ok(Some(pidfd)),
             Ok(_) => Ok(None),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) if is_of_no_process(&error) => Ok(None),
             Err(error) => Err(error),
         }
     }
+}
+
+/// Whether a file of `/proc/PID` could not be opened, or not read, because the process has ended.
+fn is_of_no_process(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
 /// Whether a process is gone before `patience` is over.

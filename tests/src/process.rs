@@ -75,7 +75,8 @@ pub fn wait(pid: Pid) -> Result<()> {
 fn end(pid: Pid, signal: Option<Signal>) -> Result<()> {
     let name = pid.as_raw_pid();
     let process = match pidfd_open(pid, PidfdFlags::empty()) {
-        Err(Errno::SRCH) => return Ok(()),
+        // EINVAL: its threads are gone, but its number is still being given back.
+        Err(Errno::SRCH | Errno::INVAL) => return Ok(()),
         other => other.or_cannot(format!("find process {name}"))?,
     };
     if let Some(signal) = signal {
