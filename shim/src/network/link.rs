@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use bulkhead_agent::netlink::{Message, Socket};
-use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, ifreq};
+use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN_EXCL, IFF_VNET_HDR, ifreq};
 use nix::errno::Errno;
 
 use super::{Error, Interface, TAP_PREFIX};
@@ -29,9 +29,23 @@ pub fn add_tap(socket: &mut Socket, interface: &mut Interface, pairs: u16) -> Re
             source,
         }
     };
+    let mut flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+    if pairs > 1 {
+        flags |= IFF_MULTI_QUEUE;
+    }
     let mut taps = Vec::new();
-    for _ in 0..pairs {
-        taps.push(open_queue(&tap, pairs > 1).map_err(failed("TUNSETIFF"))?);
+    for pair in 0..pairs {
+        // The first queue makes the tap: one that is there is another machine's, of which no queue may be had.
+        let flags = if pair == 0 {
+            flags | IFF_TUN_EXCL
+        } else {
+            flags
+        };
+        let queue = open_queue(&tap, flags).map_err(|errno| match errno {
+            Errno::EBUSY => Error::Taken(interface.name.clone()),
+            errno => failed("TUNSETIFF")(errno),
+        })?;
+        taps.push(queue);
     }
     let index = nix::net::if_::if_nametoindex(tap.as_str()).map_err(failed("if_nametoindex"))?;
     // It is a piece of wire: nobody speaks through it for itself.
@@ -57,7 +71,7 @@ pub fn add_tap(socket: &mut Socket, interface: &mut Interface, pairs: u16) -> Re
 }
 
 /// Opens a queue of a tap, which is made if there is none of that name.
-fn open_queue(name: &str, several: bool) -> Result<OwnedFd, Errno> {
+fn open_queue(name: &str, flags: i32) -> Result<OwnedFd, Errno> {
     let tun = OpenOptions::new()
         .read(true)
         .write(true)
@@ -67,10 +81,6 @@ fn open_queue(name: &str, several: bool) -> Result<OwnedFd, Errno> {
     let mut request: ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as libc::c_char;
-    }
-    let mut flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
-    if several {
-        flags |= IFF_MULTI_QUEUE;
     }
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: the request takes this structure, which outlives it.

@@ -72,6 +72,10 @@ pub enum Error {
         operation: &'static str,
         source: Errno,
     },
+    #[error(
+        "network interface {0:?} is another microVM's already; containers that are to share a network must be of one pod"
+    )]
+    Taken(String),
     #[error("the thread that sets the pod's network up has ended")]
     Thread,
 }
@@ -170,11 +174,14 @@ pub async fn connect(
                 messages,
             });
         }
+        // Who has all taps is alone at these interfaces: only then anything is written down that will be taken away.
+        let taps = interfaces
+            .iter_mut()
+            .map(|interface| link::add_tap(&mut socket, interface, pairs))
+            .collect::<Result<Vec<_>, _>>()?;
         trace.write(&bundle)?;
-        for (interface, hook) in interfaces.iter_mut().zip(&trace.hooks) {
-            let joined = link::add_tap(&mut socket, interface, pairs)
-                .and_then(|tap| redirect::join(&mut socket, interface, tap, hook.had_qdisc));
-            if let Err(error) = joined {
+        for ((interface, hook), tap) in interfaces.iter().zip(&trace.hooks).zip(taps) {
+            if let Err(error) = redirect::join(&mut socket, interface, tap, hook.had_qdisc) {
                 remove(&mut socket, &trace);
                 return Err(error);
             }

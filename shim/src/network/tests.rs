@@ -445,6 +445,32 @@ fn what_takes_no_part_is_left_out_and_what_cannot_is_named() {
     let error = connect_here(None, bundle.path(), 1)
         .unwrap_err()
         .to_string();
-    assert!(error.contains("cannot make a tap"), "{error}");
+    assert!(error.contains("\"net1\" is another microVM's"), "{error}");
     assert!(Contents::read(&mut host).unwrap().qdiscs.is_empty());
+}
+
+/// Whoever comes second gets nothing, and takes nothing away.
+#[test]
+fn an_interface_belongs_to_one_machine() {
+    for pairs in [1, 2] {
+        let (bundle, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let mut host = new_namespace();
+        add_veth(&mut host, "eth0", "net1");
+        let network = connect_here(Some(own_path()), bundle.path(), pairs).unwrap();
+        let hooks = |host: &mut Socket| {
+            let mut body = [0; 20];
+            body[4..8].copy_from_slice(&number_of("eth0").to_ne_bytes());
+            body[12..16].copy_from_slice(&0xffff_fff2_u32.to_ne_bytes());
+            host.dump(&Message::new(46, 0, &body)).unwrap().len()
+        };
+        let before = hooks(&mut host);
+        assert_ne!(before, 0);
+        let error = connect_here(Some(own_path()), other.path(), pairs).unwrap_err();
+        assert!(error.to_string().contains("another microVM's"), "{error}");
+        disconnect(other.path()).unwrap();
+        assert_eq!(hooks(&mut host), before);
+        drop(network);
+        disconnect(bundle.path()).unwrap();
+        assert_eq!(hooks(&mut host), 0);
+    }
 }
