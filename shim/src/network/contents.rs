@@ -30,6 +30,7 @@ const INDEX: usize = 4;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
+const IFLA_TXQLEN: u16 = 13;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 
@@ -171,11 +172,13 @@ fn interface(body: &[u8], addresses: &[Message]) -> Result<Option<Interface>, Er
         return Err(Error::Kind { name, kind });
     };
     let mtu = attribute(rest, IFLA_MTU).and_then(|mtu| number(mtu, 0));
+    let queue_length = attribute(rest, IFLA_TXQLEN).and_then(|length| number(length, 0));
     Ok(Some(Interface {
         index,
         name,
         mac,
         mtu: mtu.ok_or(Error::Description("an interface's MTU"))?,
+        queue_length: queue_length.ok_or(Error::Description("an interface's queue"))?,
         up,
         arp: flags & libc::IFF_NOARP as u32 == 0,
         addresses: own,

@@ -63,6 +63,7 @@ async fn attach(machine: &Machine, interface: Interface) -> Result<GuestInterfac
         arp,
         addresses,
         taps,
+        queue_length: _,
     } = interface;
     let nic = Nic {
         name: name.clone(),

@@ -96,6 +96,8 @@ pub struct Interface {
     pub name: String,
     pub mac: [u8; 6],
     pub mtu: u32,
+    /// How many packets the host may queue at it.
+    pub queue_length: u32,
     pub up: bool,
     pub arp: bool,
     pub addresses: Vec<IpAddr>,
@@ -118,6 +120,8 @@ struct Hook {
     index: u32,
     /// It has an ingress queueing discipline of somebody else's, which stays.
     had_qdisc: bool,
+    /// The length of its queue, which the kernel makes longer than 0 when there is the first queueing discipline.
+    queue_length: u32,
 }
 
 impl Trace {
@@ -163,6 +167,7 @@ pub async fn connect(
         let hooks = interfaces.iter().map(|interface| Hook {
             index: interface.index,
             had_qdisc: qdiscs.contains(&interface.index),
+            queue_length: interface.queue_length,
         });
         let trace = Trace {
             namespace: path,
@@ -222,7 +227,7 @@ pub fn disconnect(bundle: &Path) -> Result<(), Error> {
 
 fn remove(socket: &mut Socket, trace: &Trace) {
     for hook in &trace.hooks {
-        if let Err(error) = redirect::leave(socket, hook.index, hook.had_qdisc) {
+        if let Err(error) = redirect::leave(socket, hook) {
             log::debug!("network interface {}: {error}", hook.index);
         }
     }

@@ -2,9 +2,10 @@
 
 use bulkhead_agent::netlink::{self, Message, NLM_F_CREATE, NLM_F_EXCL, Socket};
 
-use super::{Error, Interface};
+use super::{Error, Hook, Interface};
 
 // Types of messages (linux/rtnetlink.h).
+const RTM_NEWLINK: u16 = 16;
 const RTM_NEWQDISC: u16 = 36;
 const RTM_DELQDISC: u16 = 37;
 const RTM_NEWTFILTER: u16 = 44;
@@ -13,6 +14,10 @@ const RTM_DELTFILTER: u16 = 45;
 // Attributes of traffic control (linux/rtnetlink.h).
 const TCA_KIND: u16 = 1;
 const TCA_OPTIONS: u16 = 2;
+
+/// Length of the structure of a message about an interface, `ifinfomsg`, and the attribute with the length of its queue.
+const IFINFOMSG: usize = 16;
+const IFLA_TXQLEN: u16 = 13;
 
 /// The ingress queueing discipline's handle, and the place where it and nothing else is put (linux/pkt_sched.h).
 const HANDLE: u32 = 0xffff_0000;
@@ -68,12 +73,20 @@ pub fn join(
 }
 
 /// Takes away what [`join`] has put at an interface.
-pub fn leave(socket: &mut Socket, index: u32, had_qdisc: bool) -> Result<(), netlink::Error> {
+pub fn leave(socket: &mut Socket, hook: &Hook) -> Result<(), netlink::Error> {
+    let Hook {
+        index,
+        had_qdisc,
+        queue_length,
+    } = *hook;
     if had_qdisc {
-        socket.request(filter(RTM_DELTFILTER, 0, index).with_text(TCA_KIND, "u32"))
-    } else {
-        socket.request(qdisc(RTM_DELQDISC, index))
+        return socket.request(filter(RTM_DELTFILTER, 0, index).with_text(TCA_KIND, "u32"));
     }
+    socket.request(qdisc(RTM_DELQDISC, index))?;
+    let mut link = [0; IFINFOMSG];
+    link[4..8].copy_from_slice(&index.to_ne_bytes());
+    socket
+        .request(Message::new(RTM_NEWLINK, 0, &link).with(IFLA_TXQLEN, &queue_length.to_ne_bytes()))
 }
 
 fn qdisc(kind: u16, index: u32) -> Message {
