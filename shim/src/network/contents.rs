@@ -33,6 +33,11 @@ const IFLA_MTU: u16 = 4;
 const IFLA_TXQLEN: u16 = 13;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
+const IFLA_INFO_DATA: u16 = 2;
+/// Of an ipvlan: how it gets at its packets, as a number of 16 bits.
+const IFLA_IPVLAN_MODE: u16 = 1;
+/// Above the interface on which it sits, so that nothing ever comes in at the ipvlan itself.
+const IPVLAN_MODE_L3S: [u8; 2] = 2u16.to_ne_bytes();
 
 /// The number of the loopback interface, in every namespace.
 const LOOPBACK: u32 = 1;
@@ -153,8 +158,13 @@ fn interface(body: &[u8], addresses: &[Message]) -> Result<Option<Interface>, Er
     if index == LOOPBACK || name.starts_with(TAP_PREFIX) {
         return Ok(None);
     }
-    let kind = attribute(rest, IFLA_LINKINFO).and_then(|info| attribute(info, IFLA_INFO_KIND));
-    let kind = kind.map(text).unwrap_or_else(|| "physical".into());
+    let info = attribute(rest, IFLA_LINKINFO).unwrap_or_default();
+    let kind = attribute(info, IFLA_INFO_KIND);
+    let mut kind = kind.map(text).unwrap_or_else(|| "physical".into());
+    let mode = attribute(info, IFLA_INFO_DATA).and_then(|data| attribute(data, IFLA_IPVLAN_MODE));
+    if kind == "ipvlan" && mode == Some(&IPVLAN_MODE_L3S) {
+        kind += " in mode l3s";
+    }
     let up = flags & libc::IFF_UP as u32 != 0;
     let own: Vec<IpAddr> = addresses
         .iter()
@@ -268,4 +278,39 @@ fn next_hops(hops: &[u8], known: impl Fn(u32) -> bool) -> Option<Vec<u8>> {
             .unwrap_or_default();
     }
     Some(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the kernel says of an ipvlan.
+    fn ipvlan(mode: u16) -> Message {
+        let mut body = [0; IFINFOMSG];
+        body[2..4].copy_from_slice(&libc::ARPHRD_ETHER.to_ne_bytes());
+        body[INDEX..8].copy_from_slice(&7u32.to_ne_bytes());
+        body[8..12].copy_from_slice(&(libc::IFF_UP as u32).to_ne_bytes());
+        Message::new(16, 0, &body)
+            .with_text(IFLA_IFNAME, "net1")
+            .with(IFLA_ADDRESS, &[2, 0, 0, 0, 0, 1])
+            .with(IFLA_MTU, &1500u32.to_ne_bytes())
+            .with(IFLA_TXQLEN, &1000u32.to_ne_bytes())
+            .with_nested(IFLA_LINKINFO, |message| {
+                message
+                    .with_text(IFLA_INFO_KIND, "ipvlan")
+                    .with_nested(IFLA_INFO_DATA, |message| {
+                        message.with(IFLA_IPVLAN_MODE, &mode.to_ne_bytes())
+                    })
+            })
+    }
+
+    #[test]
+    fn an_ipvlan_must_see_its_packets() {
+        for mode in [0, 1] {
+            let found = interface(ipvlan(mode).body(), &[]).unwrap().unwrap();
+            assert_eq!((found.index, found.queue_length), (7, 1000));
+        }
+        let error = interface(ipvlan(2).body(), &[]).unwrap_err().to_string();
+        assert!(error.contains("\"ipvlan in mode l3s\""), "{error}");
+    }
 }
