@@ -71,6 +71,12 @@ impl World {
         })
     }
 
+    /// Takes what is there now for what a container may leave.
+    pub fn keep(&mut self) -> Result<()> {
+        self.before = Snapshot::take(&self.site)?;
+        Ok(())
+    }
+
     /// The site.
     pub fn site(&self) -> &Site {
         &self.site

@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod bundle;
 pub mod cache;
+pub mod cni;
 pub mod ctr;
 pub mod debian;
 pub mod demo;

@@ -12,6 +12,16 @@ use crate::scratch::Scratch;
 use crate::terminal::Raw;
 use crate::{debian, images, step};
 
+/// What a site on the host needs from Debian.
+const HOST_PACKAGES: [&str; 6] = [
+    "busybox-static",
+    "containerd",
+    "containernetworking-plugins",
+    "iproute2",
+    "iptables",
+    "runc",
+];
+
 /// Where a command runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Place {
@@ -107,7 +117,7 @@ impl Job<'_> {
     }
 
     fn on_host(&self, scratch: &Scratch, payload: &Path) -> Result<u8> {
-        debian::install(&["busybox-static", "containerd", "runc"])?;
+        debian::install(&HOST_PACKAGES)?;
         let status = Command::new("unshare")
             .args(["--mount", "--propagation", "slave", "--pid", "--mount-proc"])
             .args(["--fork", "--kill-child", "--"])

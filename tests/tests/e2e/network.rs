@@ -2,17 +2,24 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{IpAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::unix::fs::symlink;
 use std::path::Path;
-use std::thread;
+use std::process::Command;
+use std::thread::{self, JoinHandle};
 
+use bulkhead_tests::cni::{self, Pod};
 use bulkhead_tests::ctr::{Running, Runtime, World};
+use bulkhead_tests::process;
 
-/// Where containerd looks for networks and their plugins, and where Debian puts the plugins.
+mod names;
+mod plugins;
+mod remains;
+mod traffic;
+
+/// Where containerd looks for networks and their plugins.
 const NETWORKS: &str = "/etc/cni/net.d";
 const PLUGINS: &str = "/opt/cni/bin";
-const DEBIAN_PLUGINS: &str = "/usr/lib/cni";
 
 /// A bridge with addresses of both families, on which the host has the first of each.
 const BRIDGE: &str = r#"{
@@ -41,7 +48,7 @@ fn world() -> World {
     fs::write(Path::new(NETWORKS).join("10-test.conflist"), BRIDGE).unwrap();
     if !Path::new(PLUGINS).exists() {
         fs::create_dir_all(Path::new(PLUGINS).parent().unwrap()).unwrap();
-        symlink(DEBIAN_PLUGINS, PLUGINS).unwrap();
+        symlink(cni::PLUGINS, PLUGINS).unwrap();
     }
     world
 }
@@ -58,6 +65,61 @@ fn start<'a>(world: &'a World, runtime: Runtime, script: &str) -> Running<'a> {
     let container = world.container(runtime, "busybox").unwrap();
     let container = container.options(["--cni"]);
     container.start(&["sh", "-c", script]).unwrap()
+}
+
+/// A container in a pod's network that does nothing by itself.
+fn start_in<'a>(world: &'a World, runtime: Runtime, pod: &Pod, options: &[String]) -> Running<'a> {
+    let container = world.container(runtime, "busybox").unwrap();
+    let container = container.options(pod.options()).options(options);
+    container.start(&["tail", "-f", "/dev/null"]).unwrap()
+}
+
+/// What a shell says that is run in a container.
+fn exec(container: &Running<'_>, script: &str) -> String {
+    let call = container.exec(&["sh", "-c", script]);
+    call.output().unwrap().success().unwrap()
+}
+
+/// Runs `ip`, on the host.
+fn ip(arguments: &str) {
+    let mut command = Command::new("ip");
+    process::output(command.args(arguments.split(' '))).unwrap();
+}
+
+/// Serves so many connections, one after the other, in a thread that nobody has to wait for: a test that fails does not.
+fn each_of(
+    listener: &TcpListener,
+    count: usize,
+    mut act: impl FnMut(TcpStream, IpAddr) + Send + 'static,
+) -> JoinHandle<()> {
+    let listener = listener.try_clone().unwrap();
+    thread::spawn(move || {
+        for _ in 0..count {
+            let (stream, from) = listener.accept().unwrap();
+            act(stream, from.ip());
+        }
+    })
+}
+
+/// Tells its client's address.
+fn tell_address(mut stream: TcpStream, from: IpAddr) {
+    writeln!(stream, "from {from}").unwrap();
+}
+
+/// Has a container serve a page.
+fn serve(container: &Running<'_>) {
+    // It listens before it goes into the background.
+    exec(container, "echo hello >/index.html; httpd -p 80 -h /");
+}
+
+/// The page that is served at an address.
+fn fetch(address: impl ToSocketAddrs) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let (_, page) = text.split_once("\r\n\r\n").unwrap();
+    page.into()
 }
 
 /// The addresses of a container's interface, IPv4 first.
@@ -91,27 +153,22 @@ fn a_container_reaches_the_host() {
     say(&world, Runtime::Runc, "true");
     let listeners =
         [("0.0.0.0", 8080), ("::", 8081)].map(|place| TcpListener::bind(place).unwrap());
-    thread::scope(|scope| {
-        for listener in &listeners {
-            scope.spawn(move || {
-                for _ in BOTH {
-                    let (mut stream, from) = listener.accept().unwrap();
-                    let mut all = Vec::new();
-                    stream.read_to_end(&mut all).unwrap();
-                    writeln!(stream, "{} from {}", all.len(), from.is_ipv6()).unwrap();
-                }
-            });
-        }
-        let script = format!(
-            "ping -c 2 -s 3000 {v4} >/dev/null && ping -6 -c 2 -s 3000 {v6} >/dev/null && echo pings; \
-             head -c 1000000 /dev/zero | nc {v4} 8080; head -c 1000000 /dev/zero | nc {v6} 8081",
-            v4 = HOST[0],
-            v6 = HOST[1],
-        );
-        let [runc, bulkhead] = BOTH.map(|runtime| say(&world, runtime, &script));
-        assert_eq!(runc, "pings\n1000000 from false\n1000000 from true\n");
-        assert_eq!(runc, bulkhead);
-    });
+    for listener in &listeners {
+        each_of(listener, BOTH.len(), |mut stream, from| {
+            let mut all = Vec::new();
+            stream.read_to_end(&mut all).unwrap();
+            writeln!(stream, "{} from {}", all.len(), from.is_ipv6()).unwrap();
+        });
+    }
+    let script = format!(
+        "ping -c 2 -s 3000 {v4} >/dev/null && ping -6 -c 2 -s 3000 {v6} >/dev/null && echo pings; \
+         head -c 1000000 /dev/zero | nc {v4} 8080; head -c 1000000 /dev/zero | nc {v6} 8081",
+        v4 = HOST[0],
+        v6 = HOST[1],
+    );
+    let [runc, bulkhead] = BOTH.map(|runtime| say(&world, runtime, &script));
+    assert_eq!(runc, "pings\n1000000 from false\n1000000 from true\n");
+    assert_eq!(runc, bulkhead);
     world.finish().unwrap();
 }
 
@@ -120,15 +177,9 @@ fn the_host_and_other_containers_reach_a_container() {
     let world = world();
     for runtime in BOTH {
         let server = start(&world, runtime, "exec tail -f /dev/null");
-        // It listens before it goes into the background.
-        let serve = server.exec(&["sh", "-c", "echo hello >/index.html; httpd -p 80 -h /"]);
-        serve.output().unwrap().success().unwrap();
+        serve(&server);
         for address in addresses(&server) {
-            let mut stream = TcpStream::connect((address, 80)).unwrap();
-            stream.write_all(b"GET / HTTP/1.0\r\n\r\n").unwrap();
-            let mut text = String::new();
-            stream.read_to_string(&mut text).unwrap();
-            assert!(text.ends_with("\nhello\n"), "{runtime:?} {address}: {text}");
+            assert_eq!(fetch((address, 80)), "hello\n", "{runtime:?} {address}");
             let url = match address {
                 IpAddr::V4(address) => format!("http://{address}/"),
                 IpAddr::V6(address) => format!("http://[{address}]/"),

@@ -1,0 +1,257 @@
+//! Networks by all of Debian's plugins that a pod can have, in the pod's own network namespace as in Kubernetes.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::cni::Pod;
+use bulkhead_tests::ctr::World;
+use bulkhead_tests::images::noise;
+use bulkhead_tests::process;
+use serde_json::{Value, json};
+
+use super::{BOTH, each_of, exec, fetch, ip, serve, start_in, tell_address};
+
+/// Lays a wire from the host to another machine. They have the addresses 254 and 1 of `10.NETWORK.0.0/24` and `fdNETWORK::/64`.
+fn wire(near: &str, far: &Pod, network: u8) {
+    let path = far.path();
+    ip(&format!(
+        "link add {near} type veth peer name {near} netns {}",
+        path.display()
+    ));
+    let inside = |arguments: &str| {
+        let all: Vec<_> = ["ip"].into_iter().chain(arguments.split(' ')).collect();
+        far.run(&all).unwrap();
+    };
+    let ends: [(&dyn Fn(&str), &str); 2] = [(&ip, "254"), (&inside, "1")];
+    for (ip, number) in ends {
+        ip(&format!(
+            "address add 10.{network}.0.{number}/24 dev {near}"
+        ));
+        ip(&format!(
+            "address add fd{network}::{number}/64 dev {near} nodad"
+        ));
+        ip(&format!("link set {near} up"));
+    }
+}
+
+/// The addresses of both families from ranges of their own.
+fn addresses(network: u8, routes: &[&str]) -> Value {
+    let routes: Vec<_> = routes.iter().map(|dst| json!({"dst": dst})).collect();
+    json!({
+        "type": "host-local",
+        "ranges": [
+            [{"subnet": format!("10.{network}.0.0/24"), "rangeStart": format!("10.{network}.0.10")}],
+            [{"subnet": format!("fd{network}::/64"), "rangeStart": format!("fd{network}::10")}],
+        ],
+        "routes": routes,
+    })
+}
+
+/// Limits of the bandwidth, in bits a second, and of what may pass at once, in bits.
+const RATE: u32 = 8_000_000;
+const BURST: u32 = 500_000;
+
+/// What is sent to a container and back, in bytes, and how many seconds that takes at least.
+const ECHOED: usize = 1_000_000;
+const LEAST: f64 = (8.0 * ECHOED as f64 - BURST as f64) / RATE as f64;
+
+/// What clusters have: a bridge behind the host's addresses, ports of the host, a firewall, limits.
+fn chain() -> [Value; 4] {
+    [
+        json!({
+            "type": "bridge", "bridge": "chain0", "isGateway": true, "ipMasq": true, "hairpinMode": true,
+            "ipam": addresses(88, &["0.0.0.0/0", "::/0"]),
+        }),
+        json!({
+            "type": "portmap", "snat": true, "capabilities": {"portMappings": true},
+            "runtimeConfig": {"portMappings": [{"hostPort": 8088, "containerPort": 80, "protocol": "tcp"}]},
+        }),
+        json!({"type": "firewall", "backend": "iptables"}),
+        json!({
+            "type": "bandwidth",
+            "ingressRate": RATE, "ingressBurst": BURST, "egressRate": RATE, "egressBurst": BURST,
+        }),
+    ]
+}
+
+/// Has an iptables-like program do the same for both families.
+fn filter(arguments: &str) {
+    for program in ["iptables", "ip6tables"] {
+        let mut command = std::process::Command::new(program);
+        process::output(command.args(arguments.split(' '))).unwrap();
+    }
+}
+
+/// How often each of the host's token buckets has held something back.
+fn held_back() -> Vec<u64> {
+    let text = process::output(std::process::Command::new("tc").args(["-s", "qdisc"])).unwrap();
+    let mut lines = text.lines();
+    let mut counts = Vec::new();
+    while let Some(line) = lines.next() {
+        if line.starts_with("qdisc tbf") {
+            let words: Vec<_> = lines.next().unwrap().split(' ').collect();
+            let at = words.iter().position(|word| *word == "overlimits");
+            counts.push(words[at.unwrap() + 1].parse().unwrap());
+        }
+    }
+    counts
+}
+
+/// Sends bytes to a container that sends them back, and returns how long it took.
+fn echo(mut stream: TcpStream, bytes: &[u8]) -> Duration {
+    let mut sender = stream.try_clone().unwrap();
+    let begun = Instant::now();
+    let mut received = Vec::new();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            sender.write_all(bytes).unwrap();
+            sender.shutdown(Shutdown::Write).unwrap();
+        });
+        stream.read_to_end(&mut received).unwrap();
+    });
+    assert!(received == bytes, "{} bytes came back", received.len());
+    begun.elapsed()
+}
+
+#[test]
+fn ports_masquerades_firewalls_and_limits_hold_for_a_container() {
+    let world = World::new().unwrap();
+    let far = Pod::new().unwrap();
+    wire("wire87", &far, 87);
+    let listeners = ["10.87.0.1", "fd87::1"].map(|address| {
+        far.within(|| TcpListener::bind((address, 7000)).unwrap())
+            .unwrap()
+    });
+    for runtime in BOTH {
+        let mut pod = Pod::new().unwrap();
+        pod.attach("eth0", "chain", &chain()).unwrap();
+        let container = start_in(&world, runtime, &pod, &[]);
+        serve(&container);
+        for address in ["10.88.0.1:8088", "127.0.0.1:8088"] {
+            assert_eq!(fetch(address), "hello\n", "{runtime:?} {address}");
+        }
+        for address in ["10.87.0.254:8088", "[fd87::254]:8088"] {
+            let text = far.within(|| fetch(address)).unwrap();
+            assert_eq!(text, "hello\n", "{runtime:?} {address} from afar");
+        }
+        // What is let through now is what the plugin lets through.
+        filter("--policy FORWARD DROP");
+        for listener in &listeners {
+            each_of(listener, 1, tell_address);
+        }
+        let script = "for host in 10.87.0.1 fd87::1; do nc $host 7000 </dev/null; done";
+        let said = exec(&container, script);
+        filter("--policy FORWARD ACCEPT");
+        assert_eq!(said, "from 10.87.0.254\nfrom fd87::254\n", "{runtime:?}");
+
+        let expected = noise(ECHOED);
+        let listener = TcpListener::bind("10.88.0.1:7001").unwrap();
+        let echoed = each_of(&listener, 1, move |stream, _| {
+            let took = echo(stream, &expected).as_secs_f64();
+            assert!(took >= LEAST * 0.9, "{took} s");
+        });
+        exec(&container, "nc 10.88.0.1 7001 -e cat");
+        echoed.join().unwrap();
+        let held_back = held_back();
+        assert_eq!(held_back.len(), 2, "{runtime:?}");
+        assert!(!held_back.contains(&0), "{runtime:?}: {held_back:?}");
+        container.delete().unwrap();
+        pod.remove().unwrap();
+    }
+    ip("link delete wire87");
+    far.remove().unwrap();
+    world.finish().unwrap();
+}
+
+/// The networks of a pod's interfaces. The host is at the other end of the first; from the others one gets to another machine.
+const NETWORKS: [(&str, &str, u8); 3] = [
+    ("eth0", "ptp", 85),
+    ("net1", "macvlan", 84),
+    ("net2", "ipvlan", 83),
+];
+
+/// Whom a pod can speak with in these networks, and the addresses that it has there itself.
+fn neighbours() -> Vec<(u8, IpAddr, IpAddr)> {
+    let pairs = NETWORKS.map(|(_, _, network)| {
+        let four = |number: u8| IpAddr::from([10, network, 0, number]);
+        let six = |number: &str| format!("fd{network}::{number}").parse().unwrap();
+        [(network, four(1), four(10)), (network, six("1"), six("10"))]
+    });
+    pairs.into_iter().flatten().collect()
+}
+
+/// Interfaces of all kinds in one pod.
+#[test]
+fn a_pod_has_interfaces_of_every_kind() {
+    let world = World::new().unwrap();
+    let far = Pod::new().unwrap();
+    let mut pod = Pod::new().unwrap();
+    for (interface, kind, network) in NETWORKS {
+        let (master, routes): (_, &[_]) = match kind {
+            "ptp" => (String::new(), &["0.0.0.0/0", "::/0"]),
+            _ => (format!("wire{network}"), &[]),
+        };
+        if !master.is_empty() {
+            wire(&master, &far, network);
+        }
+        let plugin = json!({
+            "type": kind, "master": master, "mtu": 1400, "ipam": addresses(network, routes),
+        });
+        pod.attach(interface, kind, &[plugin]).unwrap();
+    }
+    let neighbours = neighbours();
+    let listeners: Vec<_> = neighbours
+        .iter()
+        .map(|(network, neighbour, _)| {
+            let bind = || TcpListener::bind((*neighbour, 7002)).unwrap();
+            match network {
+                85 => bind(),
+                _ => far.within(bind).unwrap(),
+            }
+        })
+        .collect();
+    let hosts: Vec<_> = neighbours.iter().map(|(_, n, _)| n.to_string()).collect();
+    let reach = format!(
+        "for host in {}; do case $host in *:*) ping=ping6;; *) ping=ping;; esac; \
+         $ping -c 1 -s 3000 -W 60 $host >/dev/null && nc $host 7002 </dev/null; done",
+        hosts.join(" ")
+    );
+    let outcomes = BOTH.map(|runtime| {
+        let container = start_in(&world, runtime, &pod, &[]);
+        serve(&container);
+        // That its addresses bring no routes by themselves, and are looked for nowhere else, only the guest says.
+        let mut said = exec(
+            &container,
+            "cd /sys/class/net; for i in *; do echo $i $(cat $i/address $i/mtu); done; ip route; ip -6 route; \
+             ip -o address | sed -E 's/^[0-9]*: //; s/ noprefixroute| flags 02//g; s/ *valid_lft.*//' | sort",
+        );
+        for listener in &listeners {
+            each_of(listener, 1, tell_address);
+        }
+        said += &exec(&container, &reach);
+        for (network, _, own) in &neighbours {
+            let page = match network {
+                85 => fetch((*own, 80)),
+                _ => far.within(|| fetch((*own, 80))).unwrap(),
+            };
+            said += &format!("{own} says {page}");
+        }
+        container.delete().unwrap();
+        said
+    });
+    let [runc, bulkhead] = outcomes;
+    for (_, _, own) in &neighbours {
+        for line in [format!("from {own}\n"), format!("{own} says hello\n")] {
+            assert!(runc.contains(&line), "{line:?} is not in {runc}");
+        }
+    }
+    assert_eq!(runc, bulkhead);
+    pod.remove().unwrap();
+    for wire in ["wire84", "wire83"] {
+        ip(&format!("link delete {wire}"));
+    }
+    far.remove().unwrap();
+    world.finish().unwrap();
+}
