@@ -6,15 +6,19 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::fs::{Mode, OFlags};
+use oci_spec::runtime::LinuxResources;
+use rustix::fs::{Mode, OFlags, major, minor};
 use rustix::process::Pid;
 
 use crate::cgroup::Cgroup;
 use crate::container::Container;
+use crate::disk;
 use crate::error::{Context, Error};
+use crate::oci::root::Root;
 use crate::oom::Kills;
 use crate::plan::{Creation, Plan};
 use crate::process::{Exit, Process, Status};
+use crate::protocol::{ROOT_DISK, SCRATCH_DISK};
 use crate::scratch;
 use crate::streams::Streams;
 
@@ -126,7 +130,8 @@ impl Agent {
         let made = async {
             cgroup.limit(&plan.resources)?;
             let channel = self.make_init(&plan, &process, &cgroup).await?;
-            // Not earlier: the process mounts disks that the container itself may not use.
+            // Not earlier: the process has found the disks, and mounts some that the container itself may not use.
+            self.limit_disks(&plan.container.root, &cgroup, &plan.resources)?;
             cgroup.allow_devices(&plan.devices)?;
             Ok(channel)
         };
@@ -149,6 +154,33 @@ impl Agent {
                 Err(error)
             }
         }
+    }
+
+    /// Sets the limits of the disks that a container with this root uses.
+    pub fn limit_disks(
+        &self,
+        root: &Root,
+        cgroup: &Cgroup,
+        resources: &LinuxResources,
+    ) -> Result<(), Error> {
+        let number = |device| format!("{}:{}", major(device), minor(device));
+        cgroup.limit_disks(resources, |disk| {
+            let what = || format!("finding the disk {disk} for a limit");
+            match (disk, root.disk()) {
+                (SCRATCH_DISK, _) => {
+                    let scratch = rustix::fs::stat(self.paths.run.join("scratch")).context(what)?;
+                    Ok(Some(number(scratch.st_dev)))
+                }
+                (ROOT_DISK, None) => Ok(None),
+                (ROOT_DISK, Some(slot)) => {
+                    let node = rustix::fs::stat(disk::node(slot, None)?).context(what)?;
+                    Ok(Some(number(node.st_rdev)))
+                }
+                _ => Err(Error::InvalidArgument(format!(
+                    "linux.resources: there is no disk {disk}"
+                ))),
+            }
+        })
     }
 
     /// Starts a container's init, or an exec.

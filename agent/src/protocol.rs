@@ -29,6 +29,9 @@
 //! whatever else the agent does not do it refuses: the shim removes what the host can answer for. Sources of bind mounts are paths
 //! of the guest.
 //!
+//! Limits of single devices (`linux.resources.blockIO.throttle*Device`, and the files of `unified` whose lines begin with a device) name
+//! the machine's disks: the major number is 0, and the minor [`SCRATCH_DISK`] or [`ROOT_DISK`].
+//!
 //! # Streams
 //!
 //! The agent listens on vsock port [`STREAM_PORT`]. The shim connects once for each stream, and the first eight bytes it sends are the
@@ -51,6 +54,12 @@ pub const STREAM_PORT: u32 = 1025;
 
 /// Where what a container binds of the host's files is mounted, seen by no other container.
 pub const BINDS: &str = "/run/binds";
+
+/// The disk for what all containers write, where a limit names a disk.
+pub const SCRATCH_DISK: u32 = 0;
+
+/// The disk of the container's own root; a limit for it means nothing to a container without one.
+pub const ROOT_DISK: u32 = 1;
 
 /// Type URL of `CreateTaskRequest.options`: an OCI runtime specification in JSON.
 pub const SPEC_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";

@@ -14,6 +14,7 @@ use containerd_shim_protos::events::task::{
 use protobuf::MessageField;
 
 use crate::annotations::Kind;
+use crate::backing::Backing;
 use crate::events::Publisher;
 use crate::hooks::Hooks;
 use crate::process::{Change, Exit, Phase, Process};
@@ -31,6 +32,8 @@ pub struct Container {
     pub network: Arc<OwnedFd>,
     /// The programs of the host that want to know of its start and its end.
     pub hooks: Hooks,
+    /// Where its disks are on the host.
+    pub backing: Backing,
     /// The PCI device numbers of its disks.
     pub slots: Vec<u8>,
     /// Its first process.
@@ -228,6 +231,7 @@ mod tests {
             kind: Kind::Single,
             network: Arc::new(std::fs::File::open("/dev/null").unwrap().into()),
             hooks: Hooks::default(),
+            backing: Backing::default(),
             slots: Vec::new(),
             init: process(),
             execs: HashMap::new(),

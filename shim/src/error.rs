@@ -147,7 +147,8 @@ impl Error {
             Self::Spec(
                 spec::Error::Json { .. }
                 | spec::Error::HostNetwork
-                | spec::Error::ForeignNamespace(_),
+                | spec::Error::ForeignNamespace(_)
+                | spec::Error::Backing(_),
             )
             | Self::Streams(_) => Code::INVALID_ARGUMENT,
             Self::Network(error) => match error {

@@ -3,6 +3,7 @@
 pub mod affinity;
 pub mod annotations;
 pub mod args;
+pub mod backing;
 pub mod bootstrap;
 pub mod cgroup;
 pub mod check;

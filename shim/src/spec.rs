@@ -8,11 +8,15 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use bulkhead_agent::protocol::namespace_of;
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Root};
+use oci_spec::runtime::{
+    LinuxNamespace, LinuxNamespaceType, LinuxResources, LinuxThrottleDevice, Mount, Root,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::json;
 use serde_json::value::{RawValue, to_raw_value};
 
+use crate::backing::{self, Backing, Number};
 use crate::hooks::{Hooks, Stage, Subject};
 use crate::rootfs::binds::Bind;
 
@@ -32,6 +36,8 @@ pub enum Error {
         "linux.namespaces: {} is no namespace of this microVM: a container can share those of its own pod's containers only", .0.display()
     )]
     ForeignNamespace(PathBuf),
+    #[error(transparent)]
+    Backing(#[from] backing::Error),
 }
 
 /// Fields of a JSON object, each as its text.
@@ -46,6 +52,17 @@ pub struct Spec<'a> {
 
 /// Fields of a process that name objects of the host's security modules: they confine it against the host's kernel, which it never meets.
 const HOST_LABELS: [&str; 2] = ["apparmorProfile", "selinuxLabel"];
+
+/// Fields of `linux.resources.blockIO` that limit devices of the host.
+const THROTTLES: [&str; 4] = [
+    "throttleReadBpsDevice",
+    "throttleWriteBpsDevice",
+    "throttleReadIOPSDevice",
+    "throttleWriteIOPSDevice",
+];
+
+/// Files of `linux.resources.unified` whose lines begin with the number of a device.
+const PER_DEVICE: [&str; 4] = ["io.bfq.weight", "io.latency", "io.max", "io.weight"];
 
 /// Fields of `linux.resources.cpu` that the machine's affinity takes care of.
 const HOST_NUMBERS: [&str; 2] = ["cpus", "mems"];
@@ -140,7 +157,8 @@ impl<'a> Spec<'a> {
 
     /// The text for the guest: without what the host takes care of, and with mounts in the guest's terms: what is bound of the host's files is
     /// at these `places`, in the order of [`Self::binds`]. `owner` says which container a path of the host that stands for a namespace
-    /// belongs to; none if that is the machine.
+    /// belongs to; none if that is the machine. Limits of the host's devices are those of the
+    /// disks that `backing` says lie on them.
     ///
     /// # Errors
     ///
@@ -149,6 +167,7 @@ impl<'a> Spec<'a> {
         &self,
         places: Vec<PathBuf>,
         owner: impl Fn(&Path) -> Result<Option<String>, Error>,
+        backing: &Backing,
     ) -> Result<Vec<u8>, Error> {
         let mut linux = self.linux.clone();
         let mut namespaces: Vec<LinuxNamespace> =
@@ -177,7 +196,7 @@ impl<'a> Spec<'a> {
         linux.insert("namespaces".into(), namespaces);
         linux.remove("mountLabel");
         if let Some(resources) = self.linux.get("resources") {
-            let resources = without_processors(resources.get().as_bytes())?;
+            let resources = guest_resources(resources.get().as_bytes(), backing)?;
             linux.insert("resources".into(), to_text("resources", &resources)?);
         }
         let mut fields = self.fields.clone();
@@ -209,12 +228,12 @@ pub fn resources(json: &[u8]) -> Result<LinuxResources, Error> {
 }
 
 /// The text of an update's resources for the guest.
-pub fn resources_for_guest(json: &[u8]) -> Result<Vec<u8>, Error> {
-    serde_json::to_vec(&without_processors(json)?).map_err(json_error("resources"))
+pub fn resources_for_guest(json: &[u8], backing: &Backing) -> Result<Vec<u8>, Error> {
+    serde_json::to_vec(&guest_resources(json, backing)?).map_err(json_error("resources"))
 }
 
-/// Resources without the numbers of the host's processors and memory nodes, which mean nothing to the guest.
-fn without_processors(resources: &[u8]) -> Result<Object<'_>, Error> {
+/// Resources without the numbers of the host's processors, memory nodes and devices, which mean nothing to the guest.
+fn guest_resources<'a>(resources: &'a [u8], backing: &Backing) -> Result<Object<'a>, Error> {
     let mut resources = object("resources", resources)?;
     if let Some(Cow::Borrowed(cpu)) = resources.get("cpu").filter(|cpu| cpu.get() != "null") {
         let mut cpu = object("cpu", cpu.get().as_bytes())?;
@@ -223,7 +242,55 @@ fn without_processors(resources: &[u8]) -> Result<Object<'_>, Error> {
         }
         resources.insert("cpu".into(), to_text("cpu", &cpu)?);
     }
+    let block = resources.get("blockIO");
+    if let Some(Cow::Borrowed(block)) = block.filter(|block| block.get() != "null") {
+        let mut block = object("blockIO", block.get().as_bytes())?;
+        for field in THROTTLES {
+            let devices: Option<Vec<LinuxThrottleDevice>> = part(&block, field)?.flatten();
+            let mut there = Vec::new();
+            for device in devices.iter().flatten() {
+                let text = format!("{}:{}", device.major(), device.minor());
+                for disk in disks_on(backing, &format!("blockIO.{field}"), &text)? {
+                    there.push(json!({"major": 0, "minor": disk, "rate": device.rate()}));
+                }
+            }
+            if !there.is_empty() {
+                block.insert(field.into(), to_text(field, &there)?);
+            }
+        }
+        resources.insert("blockIO".into(), to_text("blockIO", &block)?);
+    }
+    let unified: Option<BTreeMap<String, String>> = part(&resources, "unified")?.flatten();
+    if let Some(mut unified) = unified {
+        for (file, value) in &mut unified {
+            if PER_DEVICE.contains(&file.as_str()) {
+                *value = guest_lines(file, value, backing)?;
+            }
+        }
+        resources.insert("unified".into(), to_text("unified", &unified)?);
+    }
     Ok(resources)
+}
+
+/// The lines of a file with the guest's disks in place of the host's devices.
+fn guest_lines(file: &str, value: &str, backing: &Backing) -> Result<String, Error> {
+    let mut lines = Vec::new();
+    for line in value.lines() {
+        match line.split_once(' ') {
+            Some((device, rest)) if device.contains(':') => {
+                for disk in disks_on(backing, &format!("unified: {file}"), device)? {
+                    lines.push(format!("0:{disk} {rest}"));
+                }
+            }
+            // What holds for all devices.
+            _ => lines.push(line.to_owned()),
+        }
+    }
+    Ok(lines.join("\n"))
+}
+
+fn disks_on(backing: &Backing, field: &str, device: &str) -> Result<Vec<u32>, Error> {
+    Ok(backing.disks_on(field, Number::parse(device), device)?)
 }
 
 fn unlabelled(process: &[u8]) -> Result<Object<'_>, Error> {
@@ -316,7 +383,7 @@ fn json_error(field: &'static str) -> impl Fn(serde_json::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
+    use serde_json::Value;
 
     use super::*;
 
@@ -344,10 +411,13 @@ mod tests {
     fn guest(config: &Value) -> Result<Value, Error> {
         let text = config.to_string();
         let places = vec!["/there".into()];
-        let guest = Spec::parse(text.as_bytes())?.for_guest(places, |path| {
+        let owner = |path: &Path| {
             let name = path.to_str().unwrap();
             Ok(name.strip_prefix("/ns/of/").map(str::to_owned))
-        })?;
+        };
+        let spec = Spec::parse(text.as_bytes())?;
+        let guest = spec.for_guest(places, owner, &Backing::default())?;
+
         Ok(serde_json::from_slice(&guest).unwrap())
     }
 
@@ -433,6 +503,47 @@ mod tests {
     }
 
     #[test]
+    fn limits_of_devices_are_those_of_the_disks_on_them() {
+        let directory = tempfile::tempdir().unwrap();
+        let backing = Backing {
+            scratch: directory.path().into(),
+            layers: Vec::new(),
+        };
+        let asked = |device: &str| {
+            let (major, minor) = device.split_once(':').unwrap();
+            let number = |text: &str| text.parse::<i64>().unwrap();
+            json!({
+                "blockIO": {"throttleReadBpsDevice": [{"major": number(major), "minor": number(minor), "rate": 9}], "weight": null},
+                "unified": {"io.max": format!("{device} wiops=5\n"), "memory.high": "1"},
+            })
+            .to_string()
+        };
+        let error = resources_for_guest(asked("1:3").as_bytes(), &backing).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("throttleReadBpsDevice") && text.contains("1:3"),
+            "{text}"
+        );
+        // What this directory lies on, if that is a device.
+        let device = std::os::unix::fs::MetadataExt::dev(&directory.path().metadata().unwrap());
+        let device = format!(
+            "{}:{}",
+            rustix::fs::major(device),
+            rustix::fs::minor(device)
+        );
+        if Path::new("/sys/dev/block").join(&device).exists() {
+            let guest = resources_for_guest(asked(&device).as_bytes(), &backing).unwrap();
+            let guest: Value = serde_json::from_slice(&guest).unwrap();
+            let throttle = &guest["blockIO"]["throttleReadBpsDevice"];
+            assert_eq!(*throttle, json!([{"major": 0, "minor": 0, "rate": 9}]));
+            assert_eq!(
+                guest["unified"],
+                json!({"io.max": "0:0 wiops=5", "memory.high": "1"})
+            );
+        }
+    }
+
+    #[test]
     fn binds_have_other_sources_in_the_guest() {
         let mut mount = config();
         mount["mounts"][0] =
@@ -479,10 +590,11 @@ mod tests {
         let expected = json!({"cpu": {"quota": 5}, "pids": {"limit": 3}});
         assert_eq!(guest(&limited).unwrap()["linux"]["resources"], expected);
         let text = limited["linux"]["resources"].to_string();
-        let update = resources_for_guest(text.as_bytes()).unwrap();
+        let update = resources_for_guest(text.as_bytes(), &Backing::default()).unwrap();
         assert_eq!(serde_json::from_slice::<Value>(&update).unwrap(), expected);
         for plain in [json!({"cpu": null}), json!({})] {
-            let update = resources_for_guest(plain.to_string().as_bytes()).unwrap();
+            let update =
+                resources_for_guest(plain.to_string().as_bytes(), &Backing::default()).unwrap();
             assert_eq!(serde_json::from_slice::<Value>(&update).unwrap(), plain);
         }
     }

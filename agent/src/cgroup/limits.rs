@@ -13,6 +13,19 @@ pub struct Setting {
     pub value: String,
 }
 
+impl Setting {
+    /// Whether it is for input and output, and may name a disk.
+    pub fn is_of_disks(&self) -> bool {
+        self.file.starts_with("io.")
+    }
+
+    /// The disk at the beginning of its value, as the host calls it, and what follows.
+    pub fn disk(&self) -> Option<(u32, &str)> {
+        let (disk, rest) = self.value.strip_prefix("0:")?.split_once(' ')?;
+        Some((disk.parse().ok()?, rest))
+    }
+}
+
 fn setting(file: &str, value: impl ToString) -> Setting {
     Setting {
         file: file.into(),
@@ -322,6 +335,15 @@ mod tests {
                 ("memory.high", "5"),
             ],
         );
+    }
+
+    #[test]
+    fn a_setting_may_name_a_disk() {
+        let disk = |file, value| setting(file, value).disk().map(|(n, s)| (n, s.to_owned()));
+        assert_eq!(disk("io.max", "0:1 rbps=9"), Some((1, "rbps=9".into())));
+        assert_eq!(disk("io.weight", "default 5"), None);
+        assert_eq!(disk("io.max", "8:0 rbps=9"), None);
+        assert!(setting("io.max", "").is_of_disks() && !setting("pids.max", "").is_of_disks());
     }
 
     #[test]

@@ -71,10 +71,14 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
-    /// Sets limits. Those that are not mentioned stay as they are.
+    /// Sets limits, but for those of disks. Those that are not mentioned stay as they are.
     pub fn limit(&self, resources: &LinuxResources) -> Result<(), Error> {
         limits::check_usage(resources, || self.read_number("memory.current"))?;
-        for limits::Setting { file, value } in limits::settings(resources)? {
+        for setting in limits::settings(resources)? {
+            if setting.is_of_disks() {
+                continue;
+            }
+            let limits::Setting { file, value } = setting;
             match fs::write(self.path.join(&file), &value) {
                 // Pages of a size that the machine does not have cannot exceed a limit.
                 Err(error)
@@ -83,6 +87,27 @@ impl Cgroup {
                     written.context(|| format!("setting the limit {file} to {value:?}"))?;
                 }
             }
+        }
+        Ok(())
+    }
+
+    /// Sets the limits of disks, whose numbers (`MAJOR:MINOR`) `number` knows; none for a disk that the container does not have.
+    pub fn limit_disks(
+        &self,
+        resources: &LinuxResources,
+        number: impl Fn(u32) -> Result<Option<String>, Error>,
+    ) -> Result<(), Error> {
+        let settings = limits::settings(resources)?.into_iter();
+        for setting in settings.filter(limits::Setting::is_of_disks) {
+            let value = match setting.disk() {
+                None => setting.value.clone(),
+                Some((disk, rest)) => match number(disk)? {
+                    Some(number) => format!("{number} {rest}"),
+                    None => continue,
+                },
+            };
+            fs::write(self.path.join(&setting.file), &value)
+                .context(|| format!("setting the limit {} to {value:?}", setting.file))?;
         }
         Ok(())
     }

@@ -84,6 +84,19 @@ impl Root {
         }
     }
 
+    /// The PCI device number of the disk that it is on, if it is on one.
+    pub fn disk(&self) -> Option<u8> {
+        let layer = match self {
+            Self::Plain(layer) => layer,
+            Self::Overlay { layers, .. } => layers.first()?,
+            Self::Empty => return None,
+        };
+        match layer.source {
+            Source::Disk { slot, .. } => Some(slot),
+            Source::Directory(_) => None,
+        }
+    }
+
     /// Whether it needs a directory of its own on the scratch disk.
     pub fn is_writable(&self) -> bool {
         match self {

@@ -18,6 +18,7 @@ use ttrpc::context::Context;
 use super::Tasks;
 use crate::annotations::Kind;
 use crate::args::is_identifier;
+use crate::backing::Backing;
 use crate::cgroup;
 use crate::config::Config;
 use crate::container::Container;
@@ -63,12 +64,13 @@ impl Tasks {
         let config = load_config(request.options.as_ref(), &bundle)?;
         // What the guest cannot do is refused before there is one.
         let network = spec.network()?;
+        let backing = backing(&config, &request);
         let (for_guest, binds) = match kind {
             Kind::Sandbox => (Vec::new(), Binds::default()),
             Kind::Member | Kind::Single => {
                 let binds = Binds::open(spec.binds()?).map_err(rootfs::Error::from)?;
                 let owner = |path: &Path| self.owner_of_namespace(path);
-                (spec.for_guest(binds.in_guest(), owner)?, binds)
+                (spec.for_guest(binds.in_guest(), owner, &backing)?, binds)
             }
         };
         let stdio = Stdio {
@@ -115,6 +117,7 @@ impl Tasks {
             kind,
             network: Arc::new(network),
             hooks,
+            backing,
             slots,
             init,
             execs: HashMap::new(),
@@ -348,6 +351,20 @@ fn load_config(options: Option<&Any>, bundle: &Path) -> Result<Config, Error> {
     }
     let path = Some(Path::new(&options.config_path)).filter(|path| !path.as_os_str().is_empty());
     Ok(Config::load(path)?)
+}
+
+/// Where the disks of a container will be: what is attached as it is lies where it is, all other layers in the cache.
+fn backing(config: &Config, request: &CreateTaskRequest) -> Backing {
+    let attached = |mount: &&Mount| matches!(mount.type_.as_str(), "erofs" | "ext4" | "xfs");
+    let attached = request.rootfs.iter().filter(attached);
+    let mut layers: Vec<_> = attached.map(|mount| PathBuf::from(&mount.source)).collect();
+    if layers.is_empty() {
+        layers.push(config.cache_dir.clone());
+    }
+    Backing {
+        scratch: config.scratch_dir.clone(),
+        layers,
+    }
 }
 
 /// The mounts that make the root file system: those of the request, or else the directory that the specification names, where whoever

@@ -136,7 +136,7 @@ impl Tasks {
 
     /// Changes the limits of a container.
     pub(super) async fn update(&self, mut request: UpdateTaskRequest) -> Result<(), Error> {
-        self.with(&request.id, |container| match container.init.phase {
+        let backing = self.with(&request.id, |container| match container.init.phase {
             _ if container.kind == Kind::Sandbox => Err(Error::Unsupported(
                 "changing the limits of the sandbox of a pod",
             )),
@@ -144,13 +144,13 @@ impl Tasks {
                 operation: "change the limits of",
                 phase: Phase::Stopped,
             }),
-            _ => Ok(()),
+            _ => Ok(container.backing.clone()),
         })?;
         if let Some(resources) = request.resources.as_mut() {
             let (machine, json) = (self.sandbox.machine()?, resources.value.as_slice());
             self.affinity
                 .update(&request.id, machine.pid(), &spec::resources(json)?)?;
-            resources.value = spec::resources_for_guest(json)?;
+            resources.value = spec::resources_for_guest(json, &backing)?;
         }
         self.sandbox
             .ask(|agent| async move { agent.update(Context::default(), &request).await })

@@ -2,6 +2,8 @@
 //!
 //! Each test runs one configuration under both, and what its script prints, and how it ends, must be the same.
 
+use std::os::unix::fs::MetadataExt;
+
 use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::ctr::{Outcome, Runtime, World};
 use serde_json::{Value, json};
@@ -191,6 +193,47 @@ fn limits_are_set() {
         text,
         "cpu.max:50000 100000\ncpu.max.burst:10000\ncpu.idle:1\nhugetlb.2MB.max:4194304\n"
     );
+    world.finish().unwrap();
+}
+
+#[test]
+fn limits_of_devices_are_those_of_the_disks_on_them() {
+    let world = World::new().unwrap();
+    // Limits are for whole disks.
+    let device = std::fs::metadata(&world.site().directory).unwrap().dev();
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let path = format!("/sys/dev/block/{major}:{minor}");
+    let path = std::fs::canonicalize(path).unwrap();
+    let disk = match path.join("partition").exists() {
+        true => path.parent().unwrap(),
+        false => &path,
+    };
+    let number = std::fs::read_to_string(disk.join("dev")).unwrap();
+    let (major, minor) = number.trim().split_once(':').unwrap();
+    let throttled = |major: &str, minor: &str, rate| json!([{"major": major.parse::<u32>().unwrap(), "minor": minor.parse::<u32>().unwrap(), "rate": rate}]);
+    let script = "cut -d ' ' -f 2- /sys/fs/cgroup/io.max | sort -u; now() { sed 's/[.].*//' /proc/uptime; }
+        start=$(now); dd if=/dev/zero of=/tmp/file bs=1M count=4 conv=fsync 2>/dev/null; test $(($(now) - start)) -ge 2 && echo slow";
+    let text = both(&world, script, |bundle| {
+        set(
+            bundle,
+            "/linux/resources/blockIO",
+            json!({"throttleWriteBpsDevice": throttled(major, minor, 1 << 20)}),
+        );
+        set(
+            bundle,
+            "/linux/resources/unified",
+            json!({"io.max": format!("{major}:{minor} riops=1000")}),
+        );
+    });
+    assert_eq!(text, "rbps=max wbps=1048576 riops=1000 wiops=max\nslow\n");
+    let outcome = run(&world, Runtime::Bulkhead, "echo started", &|bundle| {
+        let throttle = json!({"throttleReadIOPSDevice": throttled("1", "3", 5)});
+        set(bundle, "/linux/resources/blockIO", throttle);
+    });
+    assert_eq!((outcome.code, outcome.text().as_str()), (1, ""));
+    for word in ["throttleReadIOPSDevice", "1:3", number.trim()] {
+        assert!(outcome.stderr.contains(word), "{}", outcome.stderr);
+    }
     world.finish().unwrap();
 }
 
