@@ -18,7 +18,7 @@ use tempfile::TempDir;
 
 pub use bundle::{Bundle, Kind, Stream, Streams};
 pub use events::Events;
-pub use task::{Paths, Shim, code};
+pub use task::{Paths, Shim, code, mount};
 
 use crate::ctr::Runtime;
 use crate::error::{Context, Error, Result};
@@ -74,6 +74,11 @@ impl Peer {
     /// Which shim it is.
     pub fn runtime(&self) -> Runtime {
         self.runtime
+    }
+
+    /// The directory with the files of the test image `busybox`.
+    pub fn image(&self) -> &Path {
+        &self.image
     }
 
     /// A path in a directory of its own.

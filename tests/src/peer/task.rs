@@ -33,6 +33,17 @@ pub struct Paths {
     pub terminal: bool,
 }
 
+/// A mount of a root file system.
+pub fn mount<T: AsRef<str>>(kind: &str, source: &str, options: &[T]) -> Mount {
+    let options = options.iter().map(|option| option.as_ref().to_owned());
+    Mount {
+        type_: kind.into(),
+        source: source.into(),
+        options: options.collect(),
+        ..Default::default()
+    }
+}
+
 /// A connection to a shim.
 #[derive(Clone)]
 pub struct Shim(Client);
@@ -72,15 +83,24 @@ impl Shim {
 
     /// Create, with the bundle's root file system as a mount.
     pub fn create(&self, bundle: &Bundle, stdio: &Paths) -> ttrpc::Result<u32> {
+        self.create_of(
+            bundle,
+            vec![mount("overlay", "overlay", &bundle.overlay)],
+            stdio,
+        )
+    }
+
+    /// Create, with a root file system made of these mounts.
+    pub fn create_of(
+        &self,
+        bundle: &Bundle,
+        rootfs: Vec<Mount>,
+        stdio: &Paths,
+    ) -> ttrpc::Result<u32> {
         let request = CreateTaskRequest {
             id: bundle.id.clone(),
             bundle: bundle.path.display().to_string(),
-            rootfs: vec![Mount {
-                type_: "overlay".into(),
-                source: "overlay".into(),
-                options: bundle.overlay.clone(),
-                ..Default::default()
-            }],
+            rootfs,
             stdin: stdio.stdin.clone(),
             stdout: stdio.stdout.clone(),
             stderr: stdio.stderr.clone(),

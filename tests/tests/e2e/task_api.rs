@@ -5,6 +5,7 @@
 
 mod deletion;
 mod differences;
+mod disks;
 mod errors;
 mod lifecycle;
 mod processes;
