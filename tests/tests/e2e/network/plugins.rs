@@ -1,12 +1,11 @@
 //! Networks by all of Debian's plugins that a pod can have, in the pod's own network namespace as in Kubernetes.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::net::{IpAddr, TcpListener};
+use std::time::Instant;
 
 use bulkhead_tests::cni::Pod;
-use bulkhead_tests::ctr::World;
+use bulkhead_tests::ctr::{Runtime, World};
 use bulkhead_tests::images::noise;
 use bulkhead_tests::process;
 use serde_json::{Value, json};
@@ -53,9 +52,9 @@ fn addresses(network: u8, routes: &[&str]) -> Value {
 const RATE: u32 = 8_000_000;
 const BURST: u32 = 500_000;
 
-/// What is sent to a container and back, in bytes, and how many seconds that takes at least.
-const ECHOED: usize = 1_000_000;
-const LEAST: f64 = (8.0 * ECHOED as f64 - BURST as f64) / RATE as f64;
+/// What is sent in each direction, in bytes, and how many seconds that takes at least.
+const LIMITED: usize = 1_000_000;
+const LEAST: f64 = (8.0 * LIMITED as f64 - BURST as f64) / RATE as f64;
 
 /// What clusters have: a bridge behind the host's addresses, ports of the host, a firewall, limits.
 fn chain() -> [Value; 4] {
@@ -99,20 +98,20 @@ fn held_back() -> Vec<u64> {
     counts
 }
 
-/// Sends bytes to a container that sends them back, and returns how long it took.
-fn echo(mut stream: TcpStream, bytes: &[u8]) -> Duration {
-    let mut sender = stream.try_clone().unwrap();
-    let begun = Instant::now();
-    let mut received = Vec::new();
-    thread::scope(|scope| {
-        scope.spawn(move || {
-            sender.write_all(bytes).unwrap();
-            sender.shutdown(Shutdown::Write).unwrap();
-        });
-        stream.read_to_end(&mut received).unwrap();
-    });
-    assert!(received == bytes, "{} bytes came back", received.len());
-    begun.elapsed()
+/// A second microVM cannot be in the network of the first, which goes on.
+fn refuse_another(world: &World, pod: &Pod) {
+    let container = world.container(Runtime::Bulkhead, "busybox").unwrap();
+    let name = container.name().to_owned();
+    let started = container.options(pod.options()).start(&["true"]);
+    let error = started.unwrap_err().to_string();
+    assert!(error.contains("\"eth0\" is another microVM's"), "{error}");
+    // ctr leaves what does not start.
+    for arguments in [
+        &["task", "delete", "--force", &name][..],
+        &["container", "delete", &name],
+    ] {
+        world.ctr(arguments).output().unwrap().success().unwrap();
+    }
 }
 
 #[test]
@@ -129,6 +128,9 @@ fn ports_masquerades_firewalls_and_limits_hold_for_a_container() {
         pod.attach("eth0", "chain", &chain()).unwrap();
         let container = start_in(&world, runtime, &pod, &[]);
         serve(&container);
+        if runtime == Runtime::Bulkhead {
+            refuse_another(&world, &pod);
+        }
         for address in ["10.88.0.1:8088", "127.0.0.1:8088"] {
             assert_eq!(fetch(address), "hello\n", "{runtime:?} {address}");
         }
@@ -136,24 +138,36 @@ fn ports_masquerades_firewalls_and_limits_hold_for_a_container() {
             let text = far.within(|| fetch(address)).unwrap();
             assert_eq!(text, "hello\n", "{runtime:?} {address} from afar");
         }
-        // What is let through now is what the plugin lets through.
-        filter("--policy FORWARD DROP");
+        // What is let through now is what the plugin lets through, whose rules come before.
+        filter("--append FORWARD --in-interface chain0 --jump DROP");
         for listener in &listeners {
             each_of(listener, 1, tell_address);
         }
         let script = "for host in 10.87.0.1 fd87::1; do nc $host 7000 </dev/null; done";
         let said = exec(&container, script);
-        filter("--policy FORWARD ACCEPT");
+        filter("--delete FORWARD --in-interface chain0 --jump DROP");
         assert_eq!(said, "from 10.87.0.254\nfrom fd87::254\n", "{runtime:?}");
 
-        let expected = noise(ECHOED);
+        // One direction after the other: of two limits in a row only the first holds anything back.
         let listener = TcpListener::bind("10.88.0.1:7001").unwrap();
-        let echoed = each_of(&listener, 1, move |stream, _| {
-            let took = echo(stream, &expected).as_secs_f64();
-            assert!(took >= LEAST * 0.9, "{took} s");
+        let received = each_of(&listener, 1, |mut stream, _| {
+            let begun = Instant::now();
+            let mut all = Vec::new();
+            stream.read_to_end(&mut all).unwrap();
+            let took = begun.elapsed().as_secs_f64();
+            assert_eq!(all.len(), LIMITED);
+            assert!(took >= 0.9 * LEAST, "{took} s");
         });
-        exec(&container, "nc 10.88.0.1 7001 -e cat");
-        echoed.join().unwrap();
+        exec(
+            &container,
+            &format!("head -c {LIMITED} /dev/zero | nc 10.88.0.1 7001"),
+        );
+        received.join().unwrap();
+        each_of(&listener, 1, |mut stream, _| {
+            stream.write_all(&noise(LIMITED)).unwrap();
+        });
+        let said = exec(&container, "nc 10.88.0.1 7001 </dev/null | wc -c");
+        assert_eq!(said, format!("{LIMITED}\n"), "{runtime:?}");
         let held_back = held_back();
         assert_eq!(held_back.len(), 2, "{runtime:?}");
         assert!(!held_back.contains(&0), "{runtime:?}: {held_back:?}");
