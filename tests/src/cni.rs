@@ -49,6 +49,8 @@ impl Pod {
         let mut unshare = Command::new("unshare");
         unshare.arg(format!("--net={}", path.display()));
         process::output(unshare.args(["ip", "link", "set", "lo", "up"]))?;
+        // Addresses are in use at once, and not when nobody else is found to have them.
+        pod.run(&["sysctl", "--quiet", "net.ipv6.conf.default.accept_dad=0"])?;
         Ok(pod)
     }
 

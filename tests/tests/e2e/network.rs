@@ -103,7 +103,7 @@ fn each_of(
 
 /// Tells its client's address.
 fn tell_address(mut stream: TcpStream, from: IpAddr) {
-    writeln!(stream, "from {from}").unwrap();
+    writeln!(stream, "from {}", from.to_canonical()).unwrap();
 }
 
 /// Has a container serve a page.
