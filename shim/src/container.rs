@@ -180,15 +180,15 @@ impl Container {
         }
     }
 
-    /// The container is deleted.
-    pub fn deleted(&self, exit: Exit, events: &Publisher) {
-        events.publish(&TaskDelete {
+    /// What is told when the container is deleted.
+    pub fn deleted(&self, exit: Exit) -> TaskDelete {
+        TaskDelete {
             container_id: self.id.clone(),
             pid: self.init.pid,
             exit_status: exit.status,
             exited_at: MessageField::some(exit.timestamp()),
             ..Default::default()
-        });
+        }
     }
 }
 

@@ -104,7 +104,7 @@ impl Drop for Reservation<'_> {
             Some(Entry::Creating)
         );
         if failed {
-            self.tasks.remove(&self.id);
+            self.tasks.remove(&self.id, |_| {});
         }
     }
 }
@@ -163,11 +163,13 @@ impl Tasks {
         })
     }
 
-    /// Removes a container from the table, and with the last one what was there for them.
-    fn remove(self: &Arc<Self>, id: &str) {
+    /// Removes a container from the table and tells containerd, in one step: whoever hears of it finds its name free. With the last
+    /// one goes what was there for them.
+    fn remove(self: &Arc<Self>, id: &str, tell: impl FnOnce(&Publisher)) {
         self.affinity.forget(id);
         let mut table = self.table();
         table.entries.remove(id);
+        tell(&self.events);
         if table.entries.is_empty() && table.end_wanted {
             self.close(&mut table);
         }

@@ -55,6 +55,9 @@ impl Tasks {
             }
             let network = Arc::clone(&container.network);
             let process = process_mut(container, &exec_id)?;
+            if process.deleting {
+                return Err(Error::Finished);
+            }
             let started = process.phase.after(Change::Start);
             started.ok_or(refused(process.phase))?;
             if let Some(streams) = &mut process.streams {
@@ -364,22 +367,19 @@ impl Tasks {
             })?;
             hooks.run_all(Stage::Poststop, None).await;
         }
-        let (exit, pid) = self.with(id, |container| {
+        let (exit, pid, deleted) = self.with(id, |container| {
             let process = process(container, exec_id)?;
             let pid = process.pid;
             let mut exit = process.exit().unwrap_or_else(|| Exit::now(0));
             if never_started {
                 exit.status = 0;
             }
-            if exec_id.is_empty() {
-                container.deleted(exit, &self.events);
-            } else {
-                container.execs.remove(exec_id);
-            }
-            Ok((exit, pid))
+            let deleted = exec_id.is_empty().then(|| container.deleted(exit));
+            container.execs.remove(exec_id);
+            Ok((exit, pid, deleted))
         })?;
-        if exec_id.is_empty() {
-            self.remove(id);
+        if let Some(deleted) = deleted {
+            self.remove(id, |events| events.publish(&deleted));
         }
         Ok(DeleteResponse {
             pid,

@@ -540,6 +540,41 @@ async fn what_was_never_started_can_be_killed_and_deleted() {
     }
 }
 
+async fn what_is_being_deleted_does_not_start_any_more() {
+    let mut host = Host::new().await;
+    let bundle = host.bundle("c1", &["wait"], json!({}));
+    let path = bundle.join("config.json");
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    // The deletion is under way as long as this hook waits.
+    let fifo = host.path("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let script = format!("read line <{}", fifo.display());
+    let hook = json!({"path": "/bin/sh", "args": ["sh", "-c", script]});
+    config["hooks"]["poststop"] = json!([hook]);
+    std::fs::write(&path, config.to_string()).unwrap();
+    let shim = host.shim(&bundle).await;
+    let request = host.create_request(&bundle);
+    shim.task.create(context(), &request).await.unwrap();
+    let deletion = tokio::spawn({
+        let shim = shim.clone();
+        async move { shim.delete("c1", "").await.unwrap() }
+    });
+    let open = move || std::fs::OpenOptions::new().write(true).open(fifo);
+    let mut line = tokio::task::spawn_blocking(open).await.unwrap().unwrap();
+    for refused in [
+        shim.start("c1", "").await.map(drop),
+        shim.delete("c1", "").await.map(drop),
+    ] {
+        assert_eq!(code(&refused.unwrap_err()), Code::NOT_FOUND);
+    }
+    writeln!(line).unwrap();
+    deletion.await.unwrap();
+    host.expect(&["create", "delete"]).await;
+    shim.shut_down().await;
+    assert_eq!(host.remains(), [""; 0]);
+}
+
 async fn what_has_finished_by_an_answer_is_stopped_then() {
     let mut host = Host::new().await;
     let bundle = host.bundle("c1", &["refused"], json!({}));
@@ -997,6 +1032,7 @@ fn main() -> ExitCode {
         want_of_memory_is_told_before_the_end,
         requests_reach_the_guest_and_its_refusals_the_client,
         what_was_never_started_can_be_killed_and_deleted,
+        what_is_being_deleted_does_not_start_any_more,
         what_has_finished_by_an_answer_is_stopped_then,
         a_machine_may_be_gone_before_it_answers_a_kill,
         a_machine_that_ends_ends_all_and_says_why,
