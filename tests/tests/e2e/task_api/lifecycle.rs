@@ -217,7 +217,7 @@ fn signals(pod: &Pod, id: &str) -> Notes {
     ] {
         // runc itself may get a signal that comes before the program runs.
         let (paths, wait) = pod.first_word(exec);
-        let script = format!("{script} echo .; sleep 1000 & wait");
+        let script = format!("{script} echo .; sleep 1000 >/dev/null 2>&1 & wait");
         let args = ["sh", "-c", &script];
         pod.shim.exec(id, exec, &args, &paths).unwrap();
         pod.shim.start(id, exec).unwrap();

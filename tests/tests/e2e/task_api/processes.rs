@@ -4,23 +4,30 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 
 use bulkhead_tests::ctr::Runtime;
 use bulkhead_tests::peer::{Bundle, Kind, Paths, code};
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use containerd_shim_protos::protobuf::reflect::RuntimeFieldType;
+use containerd_shim_protos::protobuf::{Message, MessageDyn};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use super::{Notes, Pod, SIGKILL, compare};
+use super::{Notes, Pod, SIGKILL, SIGTERM, compare};
 
 #[test]
 fn processes_join_containers_as_under_runc() {
     compare(&[
         ("exec_life", exec_life),
+        ("short_lives", short_lives),
+        ("two_at_once", two_at_once),
         ("exec_of_a_missing_program", exec_of_a_missing_program),
         ("exec_that_outlives_the_init", exec_that_outlives_the_init),
         ("exec_after_the_init", exec_after_the_init),
         ("pids_of_processes", pids_of_processes),
         ("limits_and_statistics", limits_and_statistics),
+        ("out_of_memory", out_of_memory),
         ("processes_of_the_host", processes_of_the_host),
         ("network_by_path", network_by_path),
         ("hooks", hooks),
@@ -77,6 +84,67 @@ fn exec_life(pod: &Pod, id: &str) -> Notes {
     notes.push(format!("delete: {}", code(&shim.delete(id, "z"))));
     notes.push(format!("delete init: {}", code(&shim.delete(id, ""))));
     pod.remove(id);
+    notes.push(pod.events(id, "delete"));
+    notes
+}
+
+/// Processes that end before anybody can ask for them: each start is told before its end, and a kill that comes too late is told so.
+fn short_lives(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    pod.run(id, &["sleep", "1000"]);
+    let (shim, nothing) = (&pod.shim, Paths::default());
+    for exec in ["a", "b", "c", "d"] {
+        shim.exec(id, exec, &["true"], &nothing).unwrap();
+        let pid = shim.start(id, exec).unwrap();
+        // What becomes of the signal is chance.
+        let killed = code(&shim.kill(id, exec, SIGTERM, false));
+        assert!(["OK", "NOT_FOUND"].contains(&killed.as_str()), "{killed}");
+        if killed == "NOT_FOUND" && pod.peer.runtime() == Runtime::Bulkhead {
+            assert_eq!(shim.status(id, exec), "STOPPED");
+        }
+        let exit = shim.wait(id, exec).unwrap();
+        assert!([0, 143].contains(&exit.exit_status), "{exit:?}");
+        assert_eq!(shim.status(id, exec), "STOPPED");
+        assert_eq!(shim.delete(id, exec).unwrap().exited_at, exit.exited_at);
+        let events = pod.peer.events.until(id, &format!("exit {exec}")).unwrap();
+        let [.., started, ended] = &events[..] else {
+            panic!("{events:?}");
+        };
+        assert_eq!((started.pid, ended.pid), (pid, pid));
+        notes.push(started.text.clone());
+    }
+    pod.remove(id);
+    notes.push(pod.events(id, "delete"));
+    notes
+}
+
+/// Requests that come at the same time, of which one can be granted.
+fn two_at_once(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    let bundle = pod.member(id, &["sleep", "1000"]);
+    let (shim, nothing) = (&pod.shim, Paths::default());
+    let mut twice = |what: &str, ask: &(dyn Fn() -> String + Sync)| {
+        let (one, other) = thread::scope(|scope| {
+            let other = scope.spawn(ask);
+            (ask(), other.join().unwrap())
+        });
+        let granted = [&one, &other].iter().filter(|code| **code == "OK").count();
+        assert_eq!(granted, 1, "{what}: {one}, {other}");
+        let refused = if one == "OK" { other } else { one };
+        notes.push(format!("{what}: {refused}"));
+    };
+    twice("create", &|| code(&shim.create(&bundle, &nothing)));
+    twice("start", &|| code(&shim.start(id, "")));
+    twice("exec", &|| {
+        code(&shim.exec(id, "x", &["sleep", "1000"], &nothing))
+    });
+    twice("start x", &|| code(&shim.start(id, "x")));
+    shim.kill(id, "x", SIGKILL, false).unwrap();
+    shim.wait(id, "x").unwrap();
+    twice("delete x", &|| code(&shim.delete(id, "x")));
+    shim.kill(id, "", SIGKILL, false).unwrap();
+    shim.wait(id, "").unwrap();
+    twice("delete", &|| code(&shim.delete(id, "")));
     notes.push(pod.events(id, "delete"));
     notes
 }
@@ -175,6 +243,21 @@ fn limits_and_statistics(pod: &Pod, id: &str) -> Notes {
     let shim = &pod.shim;
     let stats = shim.stats(id).unwrap().stats;
     notes.push(stats.type_url.clone());
+    let stats = Metrics::parse_from_bytes(&stats.value).unwrap();
+    assert!(
+        stats.cpu.usage_usec > 0 && stats.memory.usage > 0,
+        "{stats}"
+    );
+    notes.push(format!("processes: {}", stats.pids.current));
+    let fields = stats.descriptor_dyn().fields().collect::<Vec<_>>();
+    let given = fields
+        .iter()
+        .filter(|field| match field.runtime_field_type() {
+            RuntimeFieldType::Singular(_) => field.has_field(&stats),
+            RuntimeFieldType::Repeated(_) | RuntimeFieldType::Map(..) => false,
+        });
+    let given: Vec<_> = given.map(|field| field.name()).collect();
+    notes.push(format!("given: {given:?}"));
     let resources = json!({
         "memory": {"limit": 64 << 20}, "pids": {"limit": 50}, "cpu": {"shares": 512},
     });
@@ -199,10 +282,45 @@ fn limits_and_statistics(pod: &Pod, id: &str) -> Notes {
     notes
 }
 
+/// A container that wants more memory than it may have ends, and no other.
+fn out_of_memory(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    let neighbour = format!("{id}-neighbour");
+    pod.run(&neighbour, &["sleep", "1000"]);
+    let change = |config: &mut Value| {
+        let limit = 16 << 20;
+        config["linux"]["resources"]["memory"] = json!({"limit": limit, "swap": limit});
+    };
+    let kind = Kind::Member(&pod.sandbox.id);
+    // It keeps the last line, which has no end.
+    let program = ["tail", "/dev/zero"];
+    let bundle = pod.peer.bundle(id, kind, &program, change).unwrap();
+    let shim = &pod.shim;
+    shim.create(&bundle, &Paths::default()).unwrap();
+    shim.start(id, "").unwrap();
+    notes.push(format!("wait: {}", shim.wait(id, "").unwrap().exit_status));
+    notes.push(format!("neighbour: {}", shim.status(&neighbour, "")));
+    shim.delete(id, "").unwrap();
+    pod.remove(&neighbour);
+    let events = pod.events(id, "delete");
+    let told = events.split(", ").position(|word| word == "oom");
+    if pod.peer.runtime() == Runtime::Bulkhead {
+        // Kubernetes believes what was told before the end; runc's shim tells when it comes to it.
+        assert_eq!(told, Some(2), "{events}");
+    }
+    notes.push(events.replace("oom, ", ""));
+    notes
+}
+
 /// A link of a process in /proc.
 fn link(pid: u32, name: &str) -> String {
     let target = fs::read_link(format!("/proc/{pid}/{name}"));
     target.map_or_else(|error| error.to_string(), |path| path.display().to_string())
+}
+
+/// Whether there is a process.
+fn there(pid: u32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
 }
 
 fn send(pid: u32, signal: Signal) {
@@ -212,6 +330,20 @@ fn send(pid: u32, signal: Signal) {
 fn processes_of_the_host(pod: &Pod, id: &str) -> Notes {
     let mut notes = Notes::new();
     let (shim, nothing) = (&pod.shim, Paths::default());
+    // What it sees of a signal that it handles.
+    let handler = format!("{id}-handler");
+    let (paths, wait) = pod.first_word(&handler);
+    let script = "trap 'exit 9' TERM; echo .; sleep 1000 >/dev/null 2>&1 & wait";
+    let bundle = pod.member(&handler, &["sh", "-c", script]);
+    let init = shim.create(&bundle, &paths).unwrap();
+    notes.push(format!("created: {}", there(init)));
+    shim.start(&handler, "").unwrap();
+    wait();
+    send(init, Signal::TERM);
+    let exit = shim.wait(&handler, "").unwrap();
+    notes.push(format!("handler: {}", exit.exit_status));
+    shim.delete(&handler, "").unwrap();
+
     let init = pod.run(id, &["sleep", "1000"]);
     let own = link(std::process::id(), "ns/net");
     notes.push(format!("own network: {}", link(init, "ns/net") != own));
@@ -230,21 +362,15 @@ fn processes_of_the_host(pod: &Pod, id: &str) -> Notes {
             "{exec}: {}",
             shim.wait(id, exec).unwrap().exit_status
         ));
+        notes.push(format!("there: {}", there(pid)));
         let state = shim.state(id, exec).unwrap();
         notes.push(format!("number: {}", state.pid == pid));
         shim.delete(id, exec).unwrap();
-        notes.push(format!(
-            "there: {}",
-            Path::new(&format!("/proc/{pid}")).exists()
-        ));
     }
     send(init, Signal::KILL);
     notes.push(format!("init: {}", shim.wait(id, "").unwrap().exit_status));
+    notes.push(format!("there: {}", there(init)));
     shim.delete(id, "").unwrap();
-    notes.push(format!(
-        "there: {}",
-        Path::new(&format!("/proc/{init}")).exists()
-    ));
     notes.push(pod.events(id, "delete"));
     notes
 }

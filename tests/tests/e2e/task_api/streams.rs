@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use bulkhead_tests::ctr::Runtime;
 use bulkhead_tests::peer::{Kind, PATIENCE, Paths, Stream, code};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
@@ -23,6 +24,7 @@ fn streams_are_those_of_runc() {
         ("files", files),
         ("logger", logger),
         ("terminal", terminal),
+        ("terminal_of_an_exec", terminal_of_an_exec),
         ("much_output", much_output),
         ("stuck_reader", stuck_reader),
     ]);
@@ -152,6 +154,45 @@ fn terminal(pod: &Pod, id: &str) -> Notes {
     ));
     notes.push(format!("delete: {}", code(&pod.shim.delete(id, ""))));
     notes.push(streams.stdout.text().unwrap());
+    notes
+}
+
+/// A process that joins a container with a terminal of its own, which changes its size while it runs; and one whose input is closed
+/// before it starts.
+fn terminal_of_an_exec(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    let shim = &pod.shim;
+    pod.run(id, &["sleep", "1000"]);
+    let (mut paths, wait) = pod.first_word(id);
+    paths.terminal = true;
+    paths.stderr = String::new();
+    // The terminal says that it has another size.
+    let script = "trap 'exit $(stty size | cut -d \" \" -f 1)' WINCH; echo .; sleep 1000 >/dev/null 2>&1 & wait";
+    shim.exec(id, "x", &["sh", "-c", script], &paths).unwrap();
+    shim.start(id, "x").unwrap();
+    wait();
+    let resized = shim.resize(id, "x", (101, 42));
+    notes.push(format!("resize: {}", code(&resized)));
+    notes.push(format!("rows: {}", shim.wait(id, "x").unwrap().exit_status));
+    let resized = shim.resize(id, "x", (80, 25));
+    notes.push(format!("resize after the end: {}", code(&resized)));
+    notes.push(format!("delete: {}", code(&shim.delete(id, "x"))));
+
+    let streams = pod.peer.streams(&format!("{id}-y"), Some(b"in")).unwrap();
+    shim.exec(id, "y", &["cat"], &streams.paths).unwrap();
+    notes.push(format!("close: {}", code(&shim.close_stdin(id, "y"))));
+    notes.push(format!("close: {}", code(&shim.close_stdin(id, "y"))));
+    shim.start(id, "y").unwrap();
+    if pod.peer.runtime() == Runtime::Runc {
+        // runc's shim forgets what it was asked before there was a process.
+        shim.close_stdin(id, "y").unwrap();
+    }
+    notes.push(format!("wait: {}", shim.wait(id, "y").unwrap().exit_status));
+    notes.push(format!("delete: {}", code(&shim.delete(id, "y"))));
+    notes.push(streams.stdout.text().unwrap());
+    let resized = shim.resize(id, "", (80, 25));
+    notes.push(format!("no terminal: {}", code(&resized)));
+    pod.remove(id);
     notes
 }
 
