@@ -5,6 +5,8 @@
 //! performance counters, enclaves, tracing, resource control), so that their code in KVM is out of its reach; and the
 //! processor's name, which only tells where the machine runs.
 
+use std::arch::x86_64::{__cpuid, CpuidResult};
+
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
 };
@@ -42,6 +44,11 @@ const ECX_PERFORMANCE_COUNTERS: u32 = 1 << 23 | 1 << 24 | 1 << 28;
 /// Leaf 6: the local APIC's timer runs in every power state, which it does for a guest.
 const EAX_ARAT: u32 = 1 << 2;
 
+/// The leaves of the hypervisor below: its name, and KVM's features.
+const HYPERVISOR: u32 = 0x4000_0000;
+const KVM_FEATURES: u32 = 0x4000_0001;
+const EAX_PV_EOI: u32 = 1 << 6;
+
 /// The name of every processor: 48 bytes in leaves 0x8000_0002 to 0x8000_0004.
 const NAME: &[u8; 48] = b"Bulkhead virtual processor\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
@@ -77,7 +84,23 @@ impl Template {
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(Error::Kvm)?;
         let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
-        Ok(Self::normalise(supported.as_slice(), processors, deadline))
+        let mut template = Self::normalise(supported.as_slice(), processors, deadline);
+        if is_interpreted() {
+            template.withhold_paravirtual_eoi();
+        }
+        Ok(template)
+    }
+
+    /// Has the guest tell of the end of an interrupt by an exit.
+    ///
+    /// QEMU's interpreter of AMD-V remembers an interrupt that KVM has injected until the guest's next exit, and delivers it once more
+    /// if it is itself interrupted before: into the interrupt's own handler, whatever lock that holds. The end of an interrupt comes
+    /// first in a handler, so with an exit there is hardly time for that.
+    fn withhold_paravirtual_eoi(&mut self) {
+        let mut entries = self.entries.iter_mut();
+        if let Some(features) = entries.find(|entry| entry.function == KVM_FEATURES) {
+            features.eax &= !EAX_PV_EOI;
+        }
     }
 
     fn normalise(supported: &[kvm_cpuid_entry2], processors: u8, deadline: bool) -> Self {
@@ -142,6 +165,20 @@ impl Template {
     pub fn is_intel(&self) -> bool {
         self.intel
     }
+}
+
+/// Whether this host is a machine that QEMU interprets.
+fn is_interpreted() -> bool {
+    let leaf = |number| -> CpuidResult {
+        // SAFETY: every 64-bit processor has the instruction; it reads registers that anybody may read.
+        #[allow(unused_unsafe, reason = "newer compilers take it for safe")]
+        unsafe {
+            __cpuid(number)
+        }
+    };
+    let CpuidResult { ebx, ecx, edx, .. } = leaf(HYPERVISOR);
+    let name = [ebx, ecx, edx].map(u32::to_le_bytes);
+    leaf(1).ecx & ECX_HYPERVISOR != 0 && name.as_flattened() == b"TCGTCGTCGTCG"
 }
 
 /// Leaves that the guest reads as zero (those beyond the highest leaf of their range, as on a processor without them).
@@ -279,6 +316,19 @@ mod tests {
             "leaf {function:#x}.{index} is there twice"
         );
         first
+    }
+
+    #[test]
+    fn the_end_of_an_interrupt_can_be_an_exit() {
+        let supported = [
+            entry(HYPERVISOR, 0, [KVM_FEATURES, 1, 2, 3]),
+            entry(KVM_FEATURES, 0, [0xffff, 1, 2, 3]),
+        ];
+        let mut template = Template::normalise(&supported, 1, true);
+        template.withhold_paravirtual_eoi();
+        let features = &template.entries[1];
+        assert_eq!((features.eax, features.ebx), (0xffbf, 1));
+        assert_eq!(template.entries[0].eax, KVM_FEATURES);
     }
 
     #[test]
