@@ -5,8 +5,9 @@
 #   SHARE=directory          puts a directory of this machine at /share in both
 # make test                  all that CI checks
 #   TEST=name                only the tests whose names contain it
-# make bench                 counts what a start costs, on the emulated node, and fails if a budget (tests/budgets.toml) is broken
-#   ROW=name                 only this row
+# make bench                 counts what a start, the network and the streams of a container cost, on the emulated node, and
+#                            fails if a budget (tests/budgets.toml) is broken
+#   ROW=name                 only the rows whose names begin with it
 # make install               the runtime, for a containerd of yours
 #   DESTDIR=directory        below which the files go, for packages
 # make format                lays out the sources

@@ -13,6 +13,8 @@ pub enum Unit {
     VirtualMs,
     /// Millions of instructions.
     Instructions,
+    /// Thousands of instructions.
+    Thousands,
     /// MiB.
     Mib,
     /// A quotient.
@@ -25,6 +27,7 @@ impl Unit {
         let ms = time.as_secs_f64() * 1e3;
         match self {
             Self::Instructions => ms / 4.0,
+            Self::Thousands => ms * 250.0,
             Self::VirtualMs | Self::Mib | Self::Ratio => ms,
         }
     }
@@ -33,6 +36,7 @@ impl Unit {
         match self {
             Self::VirtualMs => "vms",
             Self::Instructions => "M instr",
+            Self::Thousands => "k instr",
             Self::Mib => "MiB",
             Self::Ratio => "",
         }
@@ -40,7 +44,7 @@ impl Unit {
 
     fn digits(self) -> usize {
         match self {
-            Self::VirtualMs | Self::Instructions => 1,
+            Self::VirtualMs | Self::Instructions | Self::Thousands => 1,
             Self::Mib | Self::Ratio => 2,
         }
     }
@@ -242,5 +246,6 @@ mod tests {
         let time = Duration::from_millis(8);
         assert_eq!(Unit::VirtualMs.of(time), 8.0);
         assert_eq!(Unit::Instructions.of(time), 2.0);
+        assert_eq!(Unit::Thousands.of(time), 2000.0);
     }
 }

@@ -17,6 +17,8 @@ pub struct Bundle {
     directory: PathBuf,
     /// The `config.json`: busybox's shell with a script, confined much as container engines do it.
     pub config: Value,
+    /// What `ctr run` gets besides.
+    pub options: Vec<&'static str>,
 }
 
 impl Bundle {
@@ -41,6 +43,7 @@ impl Bundle {
         fs::write(root.join("etc/passwd"), users).or_cannot("write etc/passwd")?;
         Ok(Self {
             config: config(&root, &format!("/{name}"), script),
+            options: Vec::new(),
             directory,
         })
     }
