@@ -186,14 +186,17 @@ const NETWORKS: [(&str, &str, u8); 3] = [
     ("net2", "ipvlan", 83),
 ];
 
-/// Whom a pod can speak with in these networks, and the addresses that it has there itself.
-fn neighbours() -> Vec<(u8, IpAddr, IpAddr)> {
-    let pairs = NETWORKS.map(|(_, _, network)| {
-        let four = |number: u8| IpAddr::from([10, network, 0, number]);
-        let six = |number: &str| format!("fd{network}::{number}").parse().unwrap();
-        [(network, four(1), four(10)), (network, six("1"), six("10"))]
-    });
-    pairs.into_iter().flatten().collect()
+/// Whom a pod can speak with in a network, and the address that it was given there itself, in both families.
+fn neighbours(network: u8, made: &Value) -> [(u8, IpAddr, IpAddr); 2] {
+    let hosts = [
+        IpAddr::from([10, network, 0, 1]),
+        format!("fd{network}::1").parse().unwrap(),
+    ];
+    std::array::from_fn(|family| {
+        let own = made["ips"][family]["address"].as_str().unwrap();
+        let (own, _) = own.split_once('/').unwrap();
+        (network, hosts[family], own.parse().unwrap())
+    })
 }
 
 /// Interfaces of all kinds in one pod.
@@ -202,6 +205,7 @@ fn a_pod_has_interfaces_of_every_kind() {
     let world = World::new().unwrap();
     let far = Pod::new().unwrap();
     let mut pod = Pod::new().unwrap();
+    let mut all = Vec::new();
     for (interface, kind, network) in NETWORKS {
         let (master, routes): (_, &[_]) = match kind {
             "ptp" => (String::new(), &["0.0.0.0/0", "::/0"]),
@@ -213,9 +217,10 @@ fn a_pod_has_interfaces_of_every_kind() {
         let plugin = json!({
             "type": kind, "master": master, "mtu": 1400, "ipam": addresses(network, routes),
         });
-        pod.attach(interface, kind, &[plugin]).unwrap();
+        let made = pod.attach(interface, kind, &[plugin]).unwrap();
+        all.extend(neighbours(network, &made));
     }
-    let neighbours = neighbours();
+    let neighbours = all;
     // Wherever they are asked: not all of the host's addresses need be in use yet.
     let bind = || TcpListener::bind("[::]:7002").unwrap();
     let (near, far_off) = (bind(), far.within(bind).unwrap());
