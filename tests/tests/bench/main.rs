@@ -1,4 +1,4 @@
-//! What a start, the network and the streams of a container cost, counted on the emulated node: `make bench` prints one table
+//! What a start and the network of a container cost, counted on the emulated node: `make bench` prints one table
 //! and fails if a budget of `budgets.toml` is broken. An argument is what the names of the wanted rows begin with.
 
 mod idle;
@@ -7,7 +7,6 @@ mod meter;
 mod network;
 mod run;
 mod sizes;
-mod streams;
 mod traffic;
 
 use std::process::ExitCode;
@@ -41,7 +40,7 @@ struct Group {
     measure: fn(&Site) -> Result<Vec<Row>>,
 }
 
-const GROUPS: [Group; 8] = [
+const GROUPS: [Group; 7] = [
     Group {
         names: &["run", "run-runc", "run-ratio"],
         measure: run::compare,
@@ -65,10 +64,6 @@ const GROUPS: [Group; 8] = [
     Group {
         names: network::NAMES,
         measure: network::traffic,
-    },
-    Group {
-        names: &["stdout", "stdout-runc", "stdout-ratio"],
-        measure: streams::output,
     },
     Group {
         names: &["kernel-size", "agent-size", "vmm-size", "shim-size"],
@@ -146,13 +141,12 @@ fn insist<T>(mut measure: impl FnMut() -> Result<T>) -> Result<T> {
 
 /// Removes a container whose measurement has ended like this. A machine that is silent does not end because it is told to.
 fn remove<T>(running: Running<'_>, result: &Result<T>) -> Result<()> {
-    if result.is_ok() {
-        return running.delete();
+    if result.is_err() {
+        for vmm in process::named(VMM)? {
+            process::kill(vmm, Signal::KILL)?;
+        }
     }
-    for vmm in process::named(VMM)? {
-        process::kill(vmm, Signal::KILL)?;
-    }
-    running.forget()
+    running.delete()
 }
 
 /// Each of `ours` over that of `theirs`.
