@@ -13,6 +13,7 @@ mod service;
 use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -38,6 +39,9 @@ use crate::stand_in::{self, Mailbox};
 /// At most one event for want of memory in this time, for each container: a hostile guest can make up any number.
 const OOM_INTERVAL: Duration = Duration::from_secs(1);
 
+/// How long a shim that ends waits for a container that is being created to come to nothing.
+const CREATE_PATIENCE: Duration = Duration::from_secs(2);
+
 /// The tasks of a shim.
 #[derive(Debug)]
 pub struct Tasks {
@@ -49,6 +53,8 @@ pub struct Tasks {
     table: Mutex<Table>,
     /// Where the host's processes that stand for the guest's get their signals.
     mailbox: Arc<Mailbox>,
+    /// A Create has ended.
+    created: Notify,
     closed: Notify,
 }
 
@@ -130,6 +136,7 @@ impl Tasks {
             }),
             table: Mutex::default(),
             mailbox: Arc::new(mailbox),
+            created: Notify::new(),
             closed: Notify::new(),
         });
         tasks.pass_signals_on(signals);
@@ -314,9 +321,26 @@ impl Tasks {
         self.closed.notified().await;
     }
 
+    /// Waits until no container is being created. What is created keeps processes of the host in the control group.
+    async fn settled(&self) {
+        loop {
+            let mut created = pin!(self.created.notified());
+            created.as_mut().enable();
+            let is_being_created = |entry| matches!(entry, &Entry::Creating);
+            if !self.table().entries.values().any(is_being_created) {
+                return;
+            }
+            created.await;
+        }
+    }
+
     /// Ends the machine, tells of the ends of all that ran in it, and gives back what it had of the host.
     pub async fn finish(&self) {
         self.sandbox.stop().await;
+        let settled = tokio::time::timeout(CREATE_PATIENCE, self.settled());
+        if settled.await.is_err() {
+            log::warn!("a container is still being created after {CREATE_PATIENCE:?}");
+        }
         self.disconnect_network();
         self.machine_ended();
         let mut home = self.home.lock().unwrap_or_else(PoisonError::into_inner);
