@@ -27,8 +27,14 @@ const MAX_BYTES: u64 = 32 << 20;
 /// How many files they may be.
 const MAX_FILES: usize = 16 << 10;
 
-/// The files that a container may write to, though what it writes is its own.
-const OWN: [&str; 3] = ["/etc/hostname", "/etc/hosts", "/etc/resolv.conf"];
+/// The files that a container may write to, though what it writes is its own. The last is where Kubernetes looks for a last word, which
+/// few containers leave, in a file that it binds into all of them.
+const OWN: [&str; 4] = [
+    "/etc/hostname",
+    "/etc/hosts",
+    "/etc/resolv.conf",
+    "/dev/termination-log",
+];
 
 /// The devices that every container has, as they are in every kernel: name, major and minor number.
 const DEVICES: [(&str, u32, u32); 6] = [

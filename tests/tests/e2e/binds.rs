@@ -36,12 +36,15 @@ fn files_and_trees_of_the_host_are_there() {
     fs::write(at("resolv"), "nameserver 192.0.2.1\n").unwrap();
     symlink("resolv", at("resolv.link")).unwrap();
     let script = "cat /etc/resolv.conf /etc/hosts; cd /tree; find . | sort | xargs stat -c '%n %F %a %u:%g %h %Y'; cat ..data/below/key; md5sum large
-        for file in /tree/new /tree/large /etc/resolv.conf /etc/hosts /masked; do echo more >>$file && echo $file; done; cat /etc/hosts; wc -c </masked; mv /etc/hosts /x || echo busy";
+        for file in /tree/new /tree/large /etc/resolv.conf /etc/hosts /dev/termination-log /masked; do echo more >>$file && echo $file; done; cat /etc/hosts; wc -c </masked; mv /etc/hosts /x || echo busy";
     let (tree, resolv, hosts) = (at("tree"), at("resolv.link"), at("hosts"));
+    let words = at("words");
+    fs::write(&words, "").unwrap();
     let binds = [
         (tree.as_path(), "/tree", "rbind:ro"),
         (&resolv, "/etc/resolv.conf", "rbind:ro"),
         (&hosts, "/etc/hosts", "rbind:rprivate:rw"),
+        (&words, "/dev/termination-log", "rbind:rprivate:rw"),
         (Path::new("/dev/null"), "/masked", "bind"),
     ];
     let [ours, runcs] = [Runtime::Bulkhead, Runtime::Runc].map(|runtime| {
