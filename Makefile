@@ -5,7 +5,7 @@
 #   SHARE=directory          puts a directory of this machine at /share in both
 # make test                  all that CI checks
 #   TEST=name                only the tests whose names contain it
-# make bench                 counts what a start and the network of a container cost, on the emulated node, and
+# make bench                 counts what a start, the network and the streams of a container cost, on the emulated node, and
 #                            fails if a budget (tests/budgets.toml) is broken
 #   ROW=name                 only the rows whose names begin with it
 # make install               the runtime, for a containerd of yours

@@ -1,7 +1,7 @@
 //! Containers through `ctr`, containerd's own command line, which adds nothing of its own between a test and the shim.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -262,6 +262,19 @@ impl<'a> Running<'a> {
     pub fn write(&self, text: &str) -> Result<()> {
         let path = self.fifos()?.join(format!("{}-stdin", self.name));
         fs::write(&path, text).or_cannot(format!("write to {}", path.display()))
+    }
+
+    /// Its standard input, held open.
+    pub fn stdin(&self) -> Result<File> {
+        let path = self.fifos()?.join(format!("{}-stdin", self.name));
+        let file = OpenOptions::new().write(true).open(&path);
+        file.or_cannot(format!("open {}", path.display()))
+    }
+
+    /// Its standard output, without containerd's help.
+    pub fn stdout(&self) -> Result<File> {
+        let path = self.fifos()?.join(format!("{}-stdout", self.name));
+        File::open(&path).or_cannot(format!("open {}", path.display()))
     }
 
     /// The directory with the FIFOs of its standard streams.

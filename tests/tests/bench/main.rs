@@ -1,4 +1,4 @@
-//! What a start and the network of a container cost, counted on the emulated node: `make bench` prints one table
+//! What a start, the network and the streams of a container cost, counted on the emulated node: `make bench` prints one table
 //! and fails if a budget of `budgets.toml` is broken. An argument is what the names of the wanted rows begin with.
 
 mod idle;
@@ -7,6 +7,7 @@ mod meter;
 mod network;
 mod run;
 mod sizes;
+mod streams;
 mod traffic;
 
 use std::process::ExitCode;
@@ -40,7 +41,7 @@ struct Group {
     measure: fn(&Site) -> Result<Vec<Row>>,
 }
 
-const GROUPS: [Group; 7] = [
+const GROUPS: [Group; 8] = [
     Group {
         names: &["run", "run-runc", "run-ratio"],
         measure: run::compare,
@@ -64,6 +65,10 @@ const GROUPS: [Group; 7] = [
     Group {
         names: network::NAMES,
         measure: network::traffic,
+    },
+    Group {
+        names: &["stdout", "stdout-runc", "stdout-ratio"],
+        measure: streams::output,
     },
     Group {
         names: &["kernel-size", "agent-size", "vmm-size", "shim-size"],
