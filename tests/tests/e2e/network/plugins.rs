@@ -83,19 +83,11 @@ fn filter(arguments: &str) {
     }
 }
 
-/// How often each of the host's token buckets has held something back.
-fn held_back() -> Vec<u64> {
-    let text = process::output(std::process::Command::new("tc").args(["-s", "qdisc"])).unwrap();
-    let mut lines = text.lines();
-    let mut counts = Vec::new();
-    while let Some(line) = lines.next() {
-        if line.starts_with("qdisc tbf") {
-            let words: Vec<_> = lines.next().unwrap().split(' ').collect();
-            let at = words.iter().position(|word| *word == "overlimits");
-            counts.push(words[at.unwrap() + 1].parse().unwrap());
-        }
-    }
-    counts
+/// How many of the host's interfaces have a token bucket.
+fn limited() -> usize {
+    let text = process::output(std::process::Command::new("tc").arg("qdisc")).unwrap();
+    let is_bucket = |line: &&str| line.starts_with("qdisc tbf");
+    text.lines().filter(is_bucket).count()
 }
 
 /// A second microVM cannot be in the network of the first, which goes on.
@@ -148,7 +140,8 @@ fn ports_masquerades_firewalls_and_limits_hold_for_a_container() {
         filter("--delete FORWARD --in-interface chain0 --jump DROP");
         assert_eq!(said, "from 10.87.0.254\nfrom fd87::254\n", "{runtime:?}");
 
-        // One direction after the other: of two limits in a row only the first holds anything back.
+        // One direction after the other. A node that is slow itself takes longer, but none takes less.
+        assert_eq!(limited(), 2, "{runtime:?}");
         let listener = TcpListener::bind("10.88.0.1:7001").unwrap();
         let received = each_of(&listener, 1, |mut stream, _| {
             let begun = Instant::now();
@@ -166,11 +159,11 @@ fn ports_masquerades_firewalls_and_limits_hold_for_a_container() {
         each_of(&listener, 1, |mut stream, _| {
             stream.write_all(&noise(LIMITED)).unwrap();
         });
+        let begun = Instant::now();
         let said = exec(&container, "nc 10.88.0.1 7001 </dev/null | wc -c");
+        let took = begun.elapsed().as_secs_f64();
         assert_eq!(said, format!("{LIMITED}\n"), "{runtime:?}");
-        let held_back = held_back();
-        assert_eq!(held_back.len(), 2, "{runtime:?}");
-        assert!(!held_back.contains(&0), "{runtime:?}: {held_back:?}");
+        assert!(took >= 0.9 * LEAST, "{took} s");
         container.delete().unwrap();
         pod.remove().unwrap();
     }
