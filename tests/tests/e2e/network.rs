@@ -12,8 +12,10 @@ use bulkhead_tests::cni::{self, Pod};
 use bulkhead_tests::ctr::{Running, Runtime, World};
 use bulkhead_tests::process;
 
+mod kinds;
 mod names;
 mod plugins;
+mod queues;
 mod remains;
 mod traffic;
 

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::{BOTH, each_of, exec, fetch, ip, serve, start_in, tell_address};
 
 /// Lays a wire from the host to another machine. They have the addresses 254 and 1 of `10.NETWORK.0.0/24` and `fdNETWORK::/64`.
-fn wire(near: &str, far: &Pod, network: u8) {
+pub fn wire(near: &str, far: &Pod, network: u8) {
     let path = far.path();
     ip(&format!(
         "link add {near} type veth peer name {near} netns {}",
@@ -36,7 +36,7 @@ fn wire(near: &str, far: &Pod, network: u8) {
 }
 
 /// The addresses of both families from ranges of their own.
-fn addresses(network: u8, routes: &[&str]) -> Value {
+pub fn addresses(network: u8, routes: &[&str]) -> Value {
     let routes: Vec<_> = routes.iter().map(|dst| json!({"dst": dst})).collect();
     json!({
         "type": "host-local",
@@ -180,7 +180,7 @@ const NETWORKS: [(&str, &str, u8); 3] = [
 ];
 
 /// Whom a pod can speak with in a network, and the address that it was given there itself, in both families.
-fn neighbours(network: u8, made: &Value) -> [(u8, IpAddr, IpAddr); 2] {
+pub fn neighbours(network: u8, made: &Value) -> [(u8, IpAddr, IpAddr); 2] {
     let hosts = [
         IpAddr::from([10, network, 0, 1]),
         format!("fd{network}::1").parse().unwrap(),
