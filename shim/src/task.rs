@@ -224,7 +224,11 @@ impl Tasks {
             Ok(process(container, &request.exec_id)?.ended())
         })?;
         let exit = ended.await;
-        let exit = exit.ok_or_else(|| Error::NoContainer(request.id.clone()))?;
+        // Deleted meanwhile, without an end.
+        let exit = exit.ok_or_else(|| match request.exec_id.as_str() {
+            "" => Error::NoContainer(request.id.clone()),
+            exec_id => no_process(&request.id, exec_id),
+        })?;
         Ok(WaitResponse {
             exit_status: exit.status,
             exited_at: MessageField::some(exit.timestamp()),
