@@ -18,6 +18,7 @@ use containerd_shim_protos::api::{
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use containerd_shim_protos::events::task::{TaskExit, TaskOOM};
 use containerd_shim_protos::shim_async::{Events, TaskClient, create_events};
+use containerd_shim_protos::types::introspection::RuntimeInfo;
 use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -167,6 +168,17 @@ impl Host {
 
     /// Runs the shim's binary as containerd does.
     fn call(&self, bundle: &Path, args: &[&str], input: &[u8]) -> Result<Vec<u8>, String> {
+        self.call_in(bundle, args, input, &[])
+    }
+
+    /// The same, with variables of a later containerd in the environment.
+    fn call_in(
+        &self,
+        bundle: &Path,
+        args: &[&str],
+        input: &[u8],
+        environment: &[(&str, &str)],
+    ) -> Result<Vec<u8>, String> {
         let mut child = Command::new(env!("CARGO_BIN_EXE_containerd-shim-bulkhead-v2"))
             .args(["-namespace", "test"])
             .arg("-address")
@@ -175,6 +187,7 @@ impl Host {
             .arg(bundle.file_name().unwrap())
             .args(args)
             .env("TTRPC_ADDRESS", self.path("containerd.sock.ttrpc"))
+            .envs(environment.iter().copied())
             .current_dir(bundle)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -217,6 +230,52 @@ impl Host {
         Ok(String::from_utf8(reply).unwrap())
     }
 
+    /// The same with a runtime's options, which containerd 1.6 to 2.2 send if there are some.
+    pub fn start_with_options(&self, bundle: &Path) -> Result<String, String> {
+        let reply = self.call(bundle, &["start"], &self.options())?;
+        Ok(String::from_utf8(reply).unwrap())
+    }
+
+    /// The same in the words of containerd 1.7 to 2.2.
+    pub fn start_in_new_environment(&self, bundle: &Path) -> Result<String, String> {
+        let address = self.path("containerd.sock").display().to_string();
+        let environment = [
+            ("MAX_SHIM_VERSION", "2"),
+            ("GRPC_ADDRESS", &address),
+            ("NAMESPACE", "test"),
+        ];
+        let reply = self.call_in(bundle, &["start"], &self.options(), &environment)?;
+        Ok(String::from_utf8(reply).unwrap())
+    }
+
+    /// `-info`, which containerd 2 asks for with a runtime's options.
+    pub fn info(&self, bundle: &Path) -> RuntimeInfo {
+        let reply = self.call(bundle, &["-info"], &self.options()).unwrap();
+        RuntimeInfo::parse_from_bytes(&reply).unwrap()
+    }
+
+    /// `-v`.
+    pub fn version(&self, bundle: &Path) -> String {
+        String::from_utf8(self.call(bundle, &["-v"], b"").unwrap()).unwrap()
+    }
+
+    /// A runtime's options on standard input.
+    fn options(&self) -> Vec<u8> {
+        self.runtime_options().write_to_bytes().unwrap()
+    }
+
+    /// A runtime's options, which name a configuration.
+    fn runtime_options(&self) -> Any {
+        let path = self.path("config.toml").display().to_string();
+        let mut options = vec![0x12, path.len() as u8];
+        options.extend(path.into_bytes());
+        Any {
+            type_url: "runtimeoptions.v1.Options".into(),
+            value: options,
+            ..Default::default()
+        }
+    }
+
     /// `delete`.
     pub fn delete(&self, bundle: &Path) -> DeleteResponse {
         let args = ["-bundle", bundle.to_str().unwrap(), "delete"];
@@ -231,18 +290,10 @@ impl Host {
 
     /// What Create is asked for.
     pub fn create_request(&self, bundle: &Path) -> CreateTaskRequest {
-        let path = self.path("config.toml").display().to_string();
-        let mut options = vec![0x12, path.len() as u8];
-        options.extend(path.into_bytes());
         CreateTaskRequest {
             id: bundle.file_name().unwrap().to_str().unwrap().into(),
             bundle: bundle.to_str().unwrap().into(),
-            options: Some(Any {
-                type_url: "runtimeoptions.v1.Options".into(),
-                value: options,
-                ..Default::default()
-            })
-            .into(),
+            options: Some(self.runtime_options()).into(),
             ..Default::default()
         }
     }

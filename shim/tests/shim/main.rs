@@ -994,6 +994,32 @@ async fn the_answer_of_old_is_a_plain_address() {
     assert_eq!(host.remains(), [""; 0]);
 }
 
+async fn each_containerd_is_answered_in_its_words() {
+    let host = Host::new().await;
+    let bundle = host.bundle("c1", &["wait"], json!({}));
+    let address = host.start_plainly(&bundle).unwrap();
+    let written = || std::fs::read_to_string(bundle.join("address")).unwrap();
+    // containerd 1.6 to 2.2 take the address as it is, and CRI-O takes nothing else.
+    for start in [Host::start_with_options, Host::start_in_new_environment] {
+        std::fs::remove_file(bundle.join("address")).unwrap();
+        assert_eq!(start(&host, &bundle).unwrap(), address);
+        assert_eq!(written(), address);
+    }
+    Shim::connect(&address).await.shut_down().await;
+    // That of containerd 2.3 is checked where it is read. It is another shim's: the socket is where it was asked for.
+    let other = host.start(&bundle).unwrap();
+    assert_ne!(other, address);
+    let directory = host.path("s").display().to_string();
+    assert!(other.contains(&directory), "{other}");
+    Shim::connect(&other).await.shut_down().await;
+
+    let info = host.info(&bundle);
+    assert_eq!(info.name, "io.containerd.bulkhead.v2");
+    assert_eq!(info.version.version, env!("CARGO_PKG_VERSION"));
+    assert!(host.version(&bundle).contains(env!("CARGO_PKG_VERSION")));
+    assert_eq!(host.remains(), [""; 0]);
+}
+
 macro_rules! run {
     ($($test:ident),* $(,)?) => { $(run(stringify!($test), $test);)* };
 }
@@ -1046,6 +1072,7 @@ fn main() -> ExitCode {
         delete_ends_a_shim_that_hangs,
         a_restart_of_containerd_loses_nothing,
         the_answer_of_old_is_a_plain_address,
+        each_containerd_is_answered_in_its_words,
     ];
     ExitCode::SUCCESS
 }
