@@ -1,5 +1,6 @@
 //! `delete`: what containerd calls when a shim does not answer.
 
+use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -34,7 +35,7 @@ fn delete(peer: &Peer, bundle: &Bundle) -> String {
     let before = Instant::now();
     let output = peer.call(bundle, &["-bundle", &path, "delete"]).unwrap();
     let taken = before.elapsed();
-    assert!(taken < LIMIT, "it took {taken:?}");
+    assert!(taken < LIMIT, "{}: {taken:?}", bundle.id);
     if !output.status.success() {
         return "delete: fails".into();
     }
@@ -43,14 +44,35 @@ fn delete(peer: &Peer, bundle: &Bundle) -> String {
     format!("delete: {}", response.exit_status)
 }
 
-/// Bundles that containerd has only begun to make.
+/// What containerd has made of a bundle so far, or has left of it: what happens to one that is whole.
+const HALVES: [(&str, fn(&Path)); 6] = [
+    ("whole", |_| {}),
+    ("begun", |bundle| {
+        fs::write(bundle.join("config.json"), r#"{"ociVersion": "1."#).unwrap();
+    }),
+    ("unspecified", |bundle| {
+        fs::remove_file(bundle.join("config.json")).unwrap();
+    }),
+    ("rootless", |bundle| {
+        fs::remove_dir(bundle.join("rootfs")).unwrap();
+    }),
+    ("empty", |bundle| {
+        fs::remove_dir_all(bundle).unwrap();
+        fs::create_dir(bundle).unwrap();
+    }),
+    ("gone", |bundle| fs::remove_dir_all(bundle).unwrap()),
+];
+
+/// Bundles that containerd has only begun to make, or to remove, again and again.
 fn half_made(peer: &Peer) -> Notes {
-    let bundle = peer.half_made_bundle("half").unwrap();
-    let mut notes = vec![delete(peer, &bundle), delete(peer, &bundle)];
-    let bundle = peer
-        .bundle("whole", Kind::Single, &["true"], |_| {})
-        .unwrap();
-    notes.push(delete(peer, &bundle));
+    let mut notes = Notes::new();
+    for (id, spoil) in HALVES {
+        let bundle = peer.bundle(id, Kind::Single, &["true"], |_| {}).unwrap();
+        spoil(&bundle.path);
+        for _ in 0..3 {
+            notes.push(delete(peer, &bundle));
+        }
+    }
     notes
 }
 
