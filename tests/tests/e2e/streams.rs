@@ -4,7 +4,7 @@ use bulkhead_tests::ctr::{Runtime, World};
 use bulkhead_tests::images::noise;
 
 /// Does not fit into any pipe, ring or window on the way.
-const MUCH: usize = 100 << 20;
+const MUCH: usize = 32 << 20;
 
 #[test]
 fn much_goes_in_and_comes_out_intact() {

@@ -1,10 +1,12 @@
 //! Standard streams.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use bulkhead_tests::ctr::Runtime;
+use bulkhead_tests::ctr::{Runtime, World};
+use bulkhead_tests::images::noise;
 use bulkhead_tests::peer::{Kind, PATIENCE, Paths, Stream, code};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
@@ -22,12 +24,58 @@ fn streams_are_those_of_runc() {
         ("nothing_to_read", nothing_to_read),
         ("one_place_for_both", one_place_for_both),
         ("files", files),
+        ("all_is_in_the_file", all_is_in_the_file),
         ("logger", logger),
         ("terminal", terminal),
         ("terminal_of_an_exec", terminal_of_an_exec),
         ("much_output", much_output),
         ("stuck_reader", stuck_reader),
     ]);
+}
+
+/// What is written again and again: its length is no multiple of anything on the way, so what is lost, or comes twice, shows.
+const BLOCK: usize = (8 << 20) + 9;
+
+/// How often: more than 1 GiB in all.
+const BLOCKS: usize = 128;
+
+/// How often with runc's shim, which takes three times as long for each. It only shows that this test can pass.
+const BLOCKS_OF_RUNC: usize = 2;
+
+/// Reads so many blocks, and nothing else.
+fn check(mut reader: File, block: &[u8], blocks: usize) {
+    let mut received = vec![0; block.len()];
+    for number in 0..blocks {
+        reader.read_exact(&mut received).unwrap();
+        // Not assert_eq!: nobody wants to read the difference.
+        assert!(received == block, "block {number} differs");
+    }
+    assert_eq!(reader.read(&mut received).unwrap(), 0);
+}
+
+#[test]
+fn a_gibibyte_of_output_arrives() {
+    let world = World::new().unwrap();
+    for (runtime, blocks) in [(Runtime::Runc, BLOCKS_OF_RUNC), (Runtime::Bulkhead, BLOCKS)] {
+        let pod = Pod::start(&world, runtime);
+        let block = noise(BLOCK);
+        let mut paths = pod.peer.streams("much", Some(&block)).unwrap().paths;
+        let (stdout, reader) = pod.peer.unread("much").unwrap();
+        paths.stdout = stdout;
+        let script = format!(
+            "cat >/block; n=0; while [ $n -lt {blocks} ]; do cat /block; n=$((n + 1)); done"
+        );
+        let bundle = pod.member("much", &["sh", "-c", &script]);
+        pod.shim.create(&bundle, &paths).unwrap();
+        pod.shim.close_stdin("much", "").unwrap();
+        pod.shim.start("much", "").unwrap();
+        // However long it takes.
+        check(reader, &block, blocks);
+        assert_eq!(pod.shim.wait("much", "").unwrap().exit_status, 0);
+        pod.shim.delete("much", "").unwrap();
+        pod.end();
+    }
+    world.finish().unwrap();
 }
 
 /// Runs a program to its end with these standard streams.
@@ -45,7 +93,7 @@ fn run(pod: &Pod, id: &str, args: &[&str], paths: &Paths) -> Notes {
     notes
 }
 
-fn input_closed_before_the_start(pod: &Pod, id: &str) -> Notes {
+pub(super) fn input_closed_before_the_start(pod: &Pod, id: &str) -> Notes {
     let streams = pod.peer.streams(id, Some(b"one line\n")).unwrap();
     let mut notes = run(pod, id, &["cat"], &streams.paths);
     notes.push(streams.stdout.text().unwrap());
@@ -91,6 +139,23 @@ fn files(pod: &Pod, id: &str) -> Notes {
     notes
 }
 
+/// What was written before the end is there once the container is deleted.
+fn all_is_in_the_file(pod: &Pod, id: &str) -> Notes {
+    let path = pod.peer.path(id);
+    let uri = format!("file://{}", path.display());
+    let paths = Paths {
+        stdout: uri.clone(),
+        // Without it, runc's shim dies.
+        stderr: uri,
+        ..Paths::default()
+    };
+    let script = "head -c 4000000 /dev/zero; echo end";
+    let mut notes = run(pod, id, &["sh", "-c", script], &paths);
+    let bytes = fs::read(path).unwrap();
+    notes.push(format!("{} {}", bytes.len(), bytes.ends_with(b"end\n")));
+    notes
+}
+
 fn logger(pod: &Pod, id: &str) -> Notes {
     let program = pod.peer.path("logger");
     let log = pod.peer.path("log");
@@ -129,7 +194,7 @@ fn read_when_written(path: &Path, lines: usize) -> String {
     }
 }
 
-fn terminal(pod: &Pod, id: &str) -> Notes {
+pub(super) fn terminal(pod: &Pod, id: &str) -> Notes {
     let mut notes = Notes::new();
     let streams = pod.peer.terminal(id, b"typed\n").unwrap();
     let kind = Kind::Member(&pod.sandbox.id);
