@@ -18,7 +18,7 @@ use tempfile::TempDir;
 
 pub use bundle::{Bundle, Kind, Stream, Streams};
 pub use events::Events;
-pub use task::{Paths, Shim, code, mount};
+pub use task::{Paths, Shim, V3, code, mount};
 
 use crate::ctr::Runtime;
 use crate::error::{Context, Error, Result};
@@ -38,6 +38,10 @@ pub struct Peer {
     program: PathBuf,
     environment: Vec<(&'static str, std::ffi::OsString)>,
     directory: TempDir,
+    /// By which name it calls the Task service.
+    service: &'static str,
+    /// Where shims are told that they find the event service.
+    publisher: PathBuf,
     /// The files of the test image `busybox`.
     image: PathBuf,
     /// What the shim tells.
@@ -45,7 +49,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Plays containerd for the shim of `runtime`.
+    /// Plays containerd 1.6 for the shim of `runtime`.
     pub fn new(site: &Site, runtime: Runtime) -> Result<Self> {
         let directory = TempDir::new_in(&site.directory).or_cannot(format!(
             "create a directory in {}",
@@ -61,14 +65,28 @@ impl Peer {
             Runtime::Bulkhead => site.payload.join("bin/containerd-shim-bulkhead-v2"),
             Runtime::Runc => "/usr/bin/containerd-shim-runc-v2".into(),
         };
+        let publisher = directory.path().join("containerd.sock.ttrpc");
         Ok(Self {
-            events: Events::serve(&directory.path().join("containerd.sock.ttrpc"))?,
+            events: Events::serve(&publisher)?,
+            publisher,
+            service: task::V2,
             environment: site.environment()?,
             runtime,
             program,
             directory,
             image,
         })
+    }
+
+    /// Calls the Task service by another name.
+    pub fn speaking(self, service: &'static str) -> Self {
+        Self { service, ..self }
+    }
+
+    /// Tells shims that the event service is elsewhere.
+    pub fn misdirect(mut self, publisher: impl Into<PathBuf>) -> Self {
+        self.publisher = publisher.into();
+        self
     }
 
     /// Which shim it is.
@@ -98,7 +116,14 @@ impl Peer {
                 said(&output.stderr)
             )));
         }
-        Shim::connect(&said(&output.stdout))
+        Shim::connect(&said(&output.stdout), self.service)
+    }
+
+    /// Another connection to a shim, as a containerd makes it that has come back.
+    pub fn find(&self, bundle: &Bundle) -> Result<Shim> {
+        let path = bundle.path.join("address");
+        let address = fs::read_to_string(&path).or_cannot(format!("read {}", path.display()))?;
+        Shim::connect(&address, self.service)
     }
 
     /// Cleans up by `delete`, as containerd does after a shim that is gone: all containers of which there are bundles.
@@ -123,9 +148,14 @@ impl Peer {
             .args(["-publish-binary", "/usr/bin/containerd"])
             .args(["-id", &bundle.id])
             .args(action)
-            .current_dir(&bundle.path)
+            // One that is gone is no place to be.
+            .current_dir(if bundle.path.exists() {
+                &bundle.path
+            } else {
+                Path::new("/")
+            })
             .envs(self.environment.iter().cloned())
-            .env("TTRPC_ADDRESS", self.path("containerd.sock.ttrpc"))
+            .env("TTRPC_ADDRESS", &self.publisher)
             .stdin(Stdio::null());
         std::os::unix::process::CommandExt::process_group(&mut command, 0);
         command.output().or_cannot("run the shim's program")

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::Path;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -17,11 +19,14 @@ use containerd_shim_protos::shim_sync::create_events;
 use containerd_shim_protos::ttrpc::{Server, TtrpcContext};
 
 use super::{NAMESPACE, PATIENCE};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 
 /// What a shim has told.
 pub struct Events {
-    _server: Server,
+    path: PathBuf,
+    /// Where what comes goes, whichever server it comes to.
+    sender: Sender<Received>,
+    server: Mutex<Option<Server>>,
     received: Mutex<Inbox>,
 }
 
@@ -71,10 +76,25 @@ impl Events {
     /// Serves at a path.
     pub(super) fn serve(path: &Path) -> Result<Self> {
         let (sender, receiver) = channel();
-        let recorder = Recorder(Mutex::new(sender));
+        let events = Self {
+            path: path.to_owned(),
+            sender,
+            server: Mutex::new(None),
+            received: Mutex::new(Inbox {
+                receiver,
+                waiting: BTreeMap::new(),
+            }),
+        };
+        events.listen()?;
+        Ok(events)
+    }
+
+    /// Serves, as containerd does when it comes back.
+    pub fn listen(&self) -> Result<()> {
+        let recorder = Recorder(Mutex::new(self.sender.clone()));
         let start = || {
             let mut server = Server::new()
-                .bind(&format!("unix://{}", path.display()))?
+                .bind(&format!("unix://{}", self.path.display()))?
                 .register_service(create_events(Arc::new(recorder)));
             server.start()?;
             Ok(server)
@@ -82,13 +102,20 @@ impl Events {
         let server = start().map_err(|error: containerd_shim_protos::ttrpc::Error| {
             Error::Unfit(format!("cannot serve events: {error}"))
         })?;
-        Ok(Self {
-            _server: server,
-            received: Mutex::new(Inbox {
-                receiver,
-                waiting: BTreeMap::new(),
-            }),
-        })
+        // As containerd does, once it listens.
+        fs::set_permissions(&self.path, Permissions::from_mode(0o660))
+            .or_cannot(format!("change the mode of {}", self.path.display()))?;
+        *self.server.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
+        Ok(())
+    }
+
+    /// Ends the service, and every connection to it.
+    pub fn hang_up(&self) -> Result<()> {
+        let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(server) = server.take() {
+            server.shutdown();
+        }
+        fs::remove_file(&self.path).or_cannot(format!("remove {}", self.path.display()))
     }
 
     /// The events of a container, in their order, up to the one that begins with `last`.

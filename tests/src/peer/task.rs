@@ -1,4 +1,4 @@
-//! A client of the Task service by the name that containerd 1.6 and 1.7 call it.
+//! A client of the Task service.
 
 use std::fmt;
 
@@ -18,7 +18,11 @@ use serde_json::{Value, json};
 use super::{Bundle, PATIENCE};
 use crate::error::{Error, Result};
 
-const SERVICE: &str = "containerd.task.v2.Task";
+/// The service's name to containerd 1.6 and 1.7.
+pub(super) const V2: &str = "containerd.task.v2.Task";
+
+/// Its name to containerd 2.
+pub const V3: &str = "containerd.task.v3.Task";
 
 /// Where standard streams are; empty is nowhere.
 #[derive(Debug, Clone, Default)]
@@ -42,7 +46,10 @@ pub fn mount<T: AsRef<str>>(kind: &str, source: &str, options: &[T]) -> Mount {
 
 /// A connection to a shim.
 #[derive(Clone)]
-pub struct Shim(Client);
+pub struct Shim {
+    client: Client,
+    service: &'static str,
+}
 
 impl fmt::Debug for Shim {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -60,20 +67,20 @@ pub fn code<T>(result: &ttrpc::Result<T>) -> String {
 }
 
 impl Shim {
-    pub(super) fn connect(address: &str) -> Result<Self> {
+    pub(super) fn connect(address: &str, service: &'static str) -> Result<Self> {
         let client = Client::connect(address)
             .map_err(|error| Error::Unfit(format!("cannot connect to {address:?}: {error}")))?;
-        Ok(Self(client))
+        Ok(Self { client, service })
     }
 
     fn call<T: Message>(&self, method: &str, request: &impl Message) -> ttrpc::Result<T> {
         let mut call = Request::new();
-        call.service = SERVICE.into();
+        call.service = self.service.into();
         call.method = method.into();
         call.timeout_nano = PATIENCE.as_nanos() as i64;
         let broken = |error| ttrpc::Error::Others(format!("{method}: {error}"));
         call.payload = request.write_to_bytes().map_err(broken)?;
-        let response = self.0.request(call)?;
+        let response = self.client.request(call)?;
         T::parse_from_bytes(&response.payload).map_err(broken)
     }
 

@@ -9,7 +9,10 @@ mod disks;
 mod errors;
 mod lifecycle;
 mod processes;
+mod promptness;
+mod publisher;
 mod streams;
+mod waiting;
 
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -41,7 +44,11 @@ type Behaviour = (&'static str, fn(&Pod, &str) -> Notes);
 
 impl Pod {
     fn start(world: &World, runtime: Runtime) -> Self {
-        let peer = Peer::new(world.site(), runtime).unwrap();
+        Self::start_for(Peer::new(world.site(), runtime).unwrap())
+    }
+
+    fn start_for(peer: Peer) -> Self {
+        let runtime = peer.runtime();
         // What a pod that failed has left must not harm the next.
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let id = format!("pod{}", NUMBER.fetch_add(1, Ordering::Relaxed));
@@ -134,6 +141,10 @@ impl Pod {
     }
 }
 
+fn send(pid: u32, signal: Signal) {
+    kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
+}
+
 /// Waits until a process is gone.
 fn wait_for_end(pid: u32) {
     let pid = Pid::from_raw(pid as i32).unwrap();
@@ -146,10 +157,19 @@ fn wait_for_end(pid: u32) {
 
 /// Plays the behaviours in a pod of each runtime, and compares what they saw.
 fn compare(behaviours: &[Behaviour]) {
+    compare_for(behaviours, |peer| peer);
+}
+
+/// The same, with another containerd for Bulkhead.
+fn compare_for(behaviours: &[Behaviour], change: impl Fn(Peer) -> Peer) {
     let world = World::new().unwrap();
     let mut wrong = Vec::new();
     let mut play = |runtime| {
-        let pod = Pod::start(&world, runtime);
+        let mut peer = Peer::new(world.site(), runtime).unwrap();
+        if runtime == Runtime::Bulkhead {
+            peer = change(peer);
+        }
+        let pod = Pod::start_for(peer);
         let mut play = |(name, behave): &Behaviour| {
             eprintln!("{runtime:?}: {name}");
             let id = name.replace('_', "-");

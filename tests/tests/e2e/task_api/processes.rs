@@ -11,10 +11,10 @@ use bulkhead_tests::peer::{Bundle, Kind, Paths, code};
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::protobuf::reflect::RuntimeFieldType;
 use containerd_shim_protos::protobuf::{Message, MessageDyn};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::{Notes, Pod, SIGKILL, SIGTERM, compare};
+use super::{Notes, Pod, SIGKILL, SIGTERM, compare, send};
 
 #[test]
 fn processes_join_containers_as_under_runc() {
@@ -35,7 +35,7 @@ fn processes_join_containers_as_under_runc() {
     ]);
 }
 
-fn exec_life(pod: &Pod, id: &str) -> Notes {
+pub(super) fn exec_life(pod: &Pod, id: &str) -> Notes {
     let mut notes = Notes::new();
     pod.run(id, &["sleep", "1000"]);
     let (shim, nothing) = (&pod.shim, Paths::default());
@@ -214,7 +214,7 @@ fn exec_after_the_init(pod: &Pod, id: &str) -> Notes {
     notes
 }
 
-fn pids_of_processes(pod: &Pod, id: &str) -> Notes {
+pub(super) fn pids_of_processes(pod: &Pod, id: &str) -> Notes {
     let mut notes = Notes::new();
     let (paths, wait) = pod.first_word(id);
     let shim = &pod.shim;
@@ -237,7 +237,7 @@ fn pids_of_processes(pod: &Pod, id: &str) -> Notes {
     notes
 }
 
-fn limits_and_statistics(pod: &Pod, id: &str) -> Notes {
+pub(super) fn limits_and_statistics(pod: &Pod, id: &str) -> Notes {
     let mut notes = Notes::new();
     pod.run(id, &["sleep", "1000"]);
     let shim = &pod.shim;
@@ -321,10 +321,6 @@ fn link(pid: u32, name: &str) -> String {
 /// Whether there is a process.
 fn there(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
-}
-
-fn send(pid: u32, signal: Signal) {
-    kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
 }
 
 fn processes_of_the_host(pod: &Pod, id: &str) -> Notes {
