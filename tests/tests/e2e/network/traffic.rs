@@ -2,11 +2,12 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::sync::LazyLock;
 use std::thread;
 use std::time::Duration;
 
 use bulkhead_tests::cni::Pod;
-use bulkhead_tests::ctr::{Runtime, World};
+use bulkhead_tests::ctr::World;
 use bulkhead_tests::images::noise;
 use serde_json::{Value, json};
 
@@ -27,9 +28,10 @@ pub fn bridge(name: &str, network: u8, mtu: u16) -> Value {
     })
 }
 
-/// How much goes in each direction alone, and in both at once, in bytes. (For runc, which only shows that this test can pass, it is less.)
-const ONE_WAY: usize = 64 << 20;
-const BOTH_WAYS: usize = 1 << 30;
+/// What goes over each stream again and again, and how often: more than 1 GiB in each direction alone, and in both at once. Its length is no
+/// multiple of anything on the way, so what is lost, or comes twice, shows.
+static BLOCK: LazyLock<Vec<u8>> = LazyLock::new(|| noise((16 << 20) + 1));
+const BLOCKS: usize = 64;
 
 /// Short connections.
 const CONNECTIONS: usize = 1000;
@@ -42,29 +44,21 @@ const OF_EACH: usize = 40;
 const BURST: usize = 10;
 const BURST_BYTES: usize = 65_536;
 
-/// Sends so many bytes that do not repeat for long.
-fn send(stream: &mut TcpStream, mut left: usize) {
-    let block = noise(1_048_573);
-    while left > 0 {
-        let length = left.min(block.len());
-        stream.write_all(&block[..length]).unwrap();
-        left -= length;
+/// Sends all blocks.
+fn send(stream: &mut TcpStream) {
+    for _ in 0..BLOCKS {
+        stream.write_all(&BLOCK).unwrap();
     }
     stream.shutdown(Shutdown::Write).unwrap();
 }
 
 /// Receives what [`send`] sends, and nothing else.
-fn receive(stream: &mut TcpStream, mut left: usize) {
-    let block = noise(1_048_573);
-    let mut received = vec![0; block.len()];
-    while left > 0 {
-        let length = left.min(block.len());
-        stream.read_exact(&mut received[..length]).unwrap();
-        assert!(
-            received[..length] == block[..length],
-            "{left} bytes before the end"
-        );
-        left -= length;
+fn receive(stream: &mut TcpStream) {
+    let mut received = vec![0; BLOCK.len()];
+    for number in 0..BLOCKS {
+        stream.read_exact(&mut received).unwrap();
+        // Not assert_eq!: nobody wants to read the difference.
+        assert!(received == *BLOCK, "block {number} differs");
     }
     assert_eq!(stream.read(&mut received).unwrap(), 0);
 }
@@ -115,6 +109,7 @@ fn streams_connections_and_datagrams_arrive() {
         listener(7013),
     );
     let datagrams = UdpSocket::bind("10.80.0.1:7014").unwrap();
+    let mut sums = Vec::new();
     for runtime in BOTH {
         let image = world.container(runtime, "debian").unwrap();
         let container = image
@@ -142,19 +137,21 @@ fn streams_connections_and_datagrams_arrive() {
         let expected = CONNECTIONS * (CONNECTIONS - 1) / 2;
         assert_eq!(sum, format!("{expected}\n"), "{runtime:?}");
 
-        each_of(&there, 1, |mut stream, _| send(&mut stream, ONE_WAY));
-        shell("cat </dev/tcp/10.80.0.1/7011 >/tmp/file");
-        let back = each_of(&back, 1, |mut stream, _| receive(&mut stream, ONE_WAY));
-        shell("cat /tmp/file >/dev/tcp/fd80::1/7012");
+        each_of(&there, 1, |mut stream, _| {
+            stream.write_all(&BLOCK).unwrap();
+        });
+        shell("cat </dev/tcp/10.80.0.1/7011 >/tmp/block");
+        each_of(&there, 1, |mut stream, _| send(&mut stream));
+        sums.push(shell("cksum </dev/tcp/10.80.0.1/7011"));
+        let back = each_of(&back, 1, |mut stream, _| receive(&mut stream));
+        shell(&format!(
+            "for ((i = 0; i < {BLOCKS}; i++)); do cat /tmp/block; done >/dev/tcp/fd80::1/7012"
+        ));
         back.join().unwrap();
-        let length = match runtime {
-            Runtime::Runc => ONE_WAY,
-            Runtime::Bulkhead => BOTH_WAYS,
-        };
-        let echoed = each_of(&echo, 1, move |mut stream, _| {
+        let echoed = each_of(&echo, 1, |mut stream, _| {
             let mut sender = stream.try_clone().unwrap();
-            thread::spawn(move || send(&mut sender, length));
-            receive(&mut stream, length);
+            thread::spawn(move || send(&mut sender));
+            receive(&mut stream);
         });
         shell("exec 3<>/dev/tcp/fd80::1/7013; cat <&3 >&3");
         echoed.join().unwrap();
@@ -170,6 +167,12 @@ fn streams_connections_and_datagrams_arrive() {
         );
         container.delete().unwrap();
     }
+    // Of the same bytes: each container has the sum of what it received.
+    assert!(
+        sums[0].ends_with(&format!(" {}\n", BLOCKS * BLOCK.len())),
+        "{sums:?}"
+    );
+    assert_eq!(sums[0], sums[1]);
     pod.remove().unwrap();
     world.finish().unwrap();
 }
