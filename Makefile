@@ -31,7 +31,8 @@ test: $(if $(TEST),,lint) unit e2e
 lint:
 	$(cargo) fmt --all --check
 	@if $(cargo) clippy --version >/dev/null 2>&1; then \
-	  set -x; $(cargo) clippy --locked --workspace --all-targets -- --deny warnings; \
+	  set -x; $(cargo) clippy --locked --workspace --all-targets -- --deny warnings && \
+	  $(cargo) clippy --locked --package bulkhead-tests --test e2e --test bench -- --deny warnings; \
 	else echo 'cargo clippy is not installed: not checked with it'; fi
 
 unit:

@@ -7,14 +7,15 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use bulkhead_tests::ctr::World;
 use bulkhead_vmm::control::{Boot, Event, Request, StopReason};
 use bulkhead_vmm::launch;
+use rustix::pipe::{PipeFlags, pipe_with};
 
 /// What the guest's kernel says until it panics, because there is no root file system.
 fn console(world: &World, vcpus: u8) -> String {
     let payload = &world.site().payload;
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
     let kernel = File::open(payload.join("lib/vmlinux")).unwrap();
-    let (mut reader, writer) = std::io::pipe().unwrap();
-    let descriptors: [OwnedFd; 3] = [kvm.unwrap().into(), kernel.into(), writer.into()];
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+    let descriptors: [OwnedFd; 3] = [kvm.unwrap().into(), kernel.into(), writer];
     let boot = Boot {
         vcpus,
         memory_mib: 512,
@@ -30,7 +31,7 @@ fn console(world: &World, vcpus: u8) -> String {
     // The VMM's is then the only one.
     drop(descriptors);
     let mut text = String::new();
-    reader.read_to_string(&mut text).unwrap();
+    File::from(reader).read_to_string(&mut text).unwrap();
     let (started, _) = control.receive::<Event>().unwrap();
     assert!(
         matches!(started, Event::Started { .. }),

@@ -23,8 +23,7 @@ pub fn wire(near: &str, far: &Pod, network: u8) {
         let all: Vec<_> = ["ip"].into_iter().chain(arguments.split(' ')).collect();
         far.run(&all).unwrap();
     };
-    let ends: [(&dyn Fn(&str), &str); 2] = [(&ip, "254"), (&inside, "1")];
-    for (ip, number) in ends {
+    let set_up = |ip: &dyn Fn(&str), number: u8| {
         ip(&format!(
             "address add 10.{network}.0.{number}/24 dev {near}"
         ));
@@ -32,7 +31,9 @@ pub fn wire(near: &str, far: &Pod, network: u8) {
             "address add fd{network}::{number}/64 dev {near} nodad"
         ));
         ip(&format!("link set {near} up"));
-    }
+    };
+    set_up(&ip, 254);
+    set_up(&inside, 1);
 }
 
 /// The addresses of both families from ranges of their own.

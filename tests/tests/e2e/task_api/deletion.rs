@@ -44,8 +44,11 @@ fn delete(peer: &Peer, bundle: &Bundle) -> String {
     format!("delete: {}", response.exit_status)
 }
 
-/// What containerd has made of a bundle so far, or has left of it: what happens to one that is whole.
-const HALVES: [(&str, fn(&Path)); 6] = [
+/// A bundle's name, and what happens to one that is whole.
+type Half = (&'static str, fn(&Path));
+
+/// What containerd has made of a bundle so far, or has left of it.
+const HALVES: [Half; 6] = [
     ("whole", |_| {}),
     ("begun", |bundle| {
         fs::write(bundle.join("config.json"), r#"{"ociVersion": "1."#).unwrap();
