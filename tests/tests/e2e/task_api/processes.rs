@@ -220,6 +220,10 @@ pub(super) fn pids_of_processes(pod: &Pod, id: &str) -> Notes {
     let shim = &pod.shim;
     let bundle = pod.member(id, &["sh", "-c", "sleep 1000 & echo .; wait"]);
     let pid = shim.create(&bundle, &paths).unwrap();
+    // A containerd that comes back forgets a task without processes.
+    let pids = shim.pids(id).unwrap().processes;
+    let pids: Vec<_> = pids.iter().map(|process| process.pid == pid).collect();
+    notes.push(format!("created: {pids:?}"));
     shim.start(id, "").unwrap();
     wait();
     shim.exec(id, "x", &["sleep", "1000"], &Paths::default())
@@ -239,8 +243,13 @@ pub(super) fn pids_of_processes(pod: &Pod, id: &str) -> Notes {
 
 pub(super) fn limits_and_statistics(pod: &Pod, id: &str) -> Notes {
     let mut notes = Notes::new();
-    pod.run(id, &["sleep", "1000"]);
     let shim = &pod.shim;
+    let (paths, wait) = pod.first_word(id);
+    let bundle = pod.member(id, &["sh", "-c", "echo .; exec sleep 1000"]);
+    shim.create(&bundle, &paths).unwrap();
+    shim.start(id, "").unwrap();
+    // Until then there may be threads of runc.
+    wait();
     let stats = shim.stats(id).unwrap().stats;
     notes.push(stats.type_url.clone());
     let stats = Metrics::parse_from_bytes(&stats.value).unwrap();
