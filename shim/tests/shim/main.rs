@@ -16,11 +16,10 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::{
-    CheckpointTaskRequest, CloseIORequest, ConnectRequest, PauseRequest, PidsRequest,
-    ResizePtyRequest, ResumeRequest, StatsRequest, Status, UpdateTaskRequest,
+    CloseIORequest, ConnectRequest, PauseRequest, PidsRequest, ResizePtyRequest, ResumeRequest,
+    StatsRequest, Status, UpdateTaskRequest,
 };
 use nix::sys::signal::Signal;
-use protobuf::Message;
 use protobuf::well_known_types::any::Any;
 use serde_json::json;
 use ttrpc::Code;
@@ -94,29 +93,45 @@ async fn a_container_lives_and_ends() {
 
 async fn both_names_of_the_service_are_served() {
     let host = Host::new().await;
-    let shim = host.shim(&host.bundle("c1", &["wait"], json!({}))).await;
+    let bundle = host.bundle("c1", &["wait"], json!({}));
+    // Of a container without a name, which is not there.
+    let methods = [
+        ("State", Code::NOT_FOUND),
+        ("Create", Code::INVALID_ARGUMENT),
+        ("Start", Code::NOT_FOUND),
+        ("Delete", Code::NOT_FOUND),
+        ("Pids", Code::NOT_FOUND),
+        ("Pause", Code::NOT_FOUND),
+        ("Resume", Code::NOT_FOUND),
+        ("Checkpoint", Code::UNIMPLEMENTED),
+        ("Kill", Code::NOT_FOUND),
+        ("Exec", Code::INVALID_ARGUMENT),
+        ("ResizePty", Code::NOT_FOUND),
+        ("CloseIO", Code::NOT_FOUND),
+        ("Update", Code::NOT_FOUND),
+        ("Wait", Code::NOT_FOUND),
+        ("Stats", Code::NOT_FOUND),
+        ("Connect", Code::OK),
+        ("Dance", Code::UNIMPLEMENTED),
+        ("Shutdown", Code::OK),
+    ];
     for service in ["containerd.task.v2.Task", "containerd.task.v3.Task"] {
-        let request = |method: &str| ttrpc::Request {
-            service: service.into(),
-            method: method.into(),
-            timeout_nano: PATIENCE.as_nanos() as i64,
-            ..Default::default()
-        };
-        let response = shim.client.request(request("Connect")).await.unwrap();
-        let response =
-            containerd_shim_protos::api::ConnectResponse::parse_from_bytes(&response.payload);
-        assert!(response.unwrap().shim_pid > 0);
-        let error = shim.client.request(request("Dance")).await.unwrap_err();
-        assert_eq!(code(&error), Code::UNIMPLEMENTED);
+        let shim = host.shim(&bundle).await;
+        let (pid, _) = shim.pids("").await;
+        for (method, expected) in methods {
+            let request = ttrpc::Request {
+                service: service.into(),
+                method: method.into(),
+                timeout_nano: PATIENCE.as_nanos() as i64,
+                ..Default::default()
+            };
+            let answer = shim.client.request(request).await;
+            let found = answer.map_or_else(|error| code(&error), |_| Code::OK);
+            assert_eq!(found, expected, "{service} {method}");
+        }
+        gone(pid).await;
     }
-    let checkpoint = CheckpointTaskRequest::new();
-    let error = shim
-        .task
-        .checkpoint(context(), &checkpoint)
-        .await
-        .unwrap_err();
-    assert_eq!(code(&error), Code::UNIMPLEMENTED);
-    shim.shut_down().await;
+    assert_eq!(host.remains(), [""; 0]);
 }
 
 async fn streams_pass_through() {
