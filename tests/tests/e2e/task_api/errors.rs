@@ -92,7 +92,7 @@ fn nobody_there(pod: &Pod, id: &str) -> Notes {
     ]
 }
 
-pub(super) fn what_no_shim_does(pod: &Pod, id: &str) -> Notes {
+fn what_no_shim_does(pod: &Pod, id: &str) -> Notes {
     let mut notes = vec![format!("unknown: {}", code(&pod.shim.unknown()))];
     pod.run(id, &["sleep", "1000"]);
     let path = pod.peer.path("checkpoint").display().to_string();

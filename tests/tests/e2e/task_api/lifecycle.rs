@@ -3,14 +3,12 @@
 use bulkhead_tests::peer::{Paths, V3, code};
 use containerd_shim_protos::api::WaitResponse;
 
-use super::errors::what_no_shim_does;
-use super::processes::{exec_life, limits_and_statistics, pids_of_processes};
-use super::streams::{input_closed_before_the_start, terminal};
-use super::{Notes, Pod, SIGKILL, SIGTERM, SIGUSR1, background, compare, compare_for};
+use super::{Behaviour, Notes, Pod, SIGKILL, SIGTERM, SIGUSR1, background, compare_for};
 
+/// Bulkhead's shim is asked by the name of the service that containerd 2 calls, which a runc of the node's age does not know.
 #[test]
 fn containers_live_and_end_as_under_runc() {
-    compare(&[
+    let behaviours: &[Behaviour] = &[
         ("one_life", one_life),
         ("never_started", never_started),
         ("killed_before_start", killed_before_start),
@@ -18,29 +16,8 @@ fn containers_live_and_end_as_under_runc() {
         ("killed_while_frozen", killed_while_frozen),
         ("killed_with_all_its_processes", killed_with_all),
         ("signals_and_their_codes", signals),
-    ]);
-}
-
-/// By the name of the service that containerd 2 calls, which the shim of runc's age does not know.
-#[test]
-fn requests_of_containerd_2_are_those_of_containerd_1() {
-    compare_for(
-        &[
-            ("one_life", one_life),
-            ("frozen", frozen),
-            ("killed_with_all_its_processes", killed_with_all),
-            ("exec_life", exec_life),
-            ("pids_of_processes", pids_of_processes),
-            ("limits_and_statistics", limits_and_statistics),
-            ("terminal", terminal),
-            (
-                "input_closed_before_the_start",
-                input_closed_before_the_start,
-            ),
-            ("what_no_shim_does", what_no_shim_does),
-        ],
-        |peer| peer.speaking(V3),
-    );
+    ];
+    compare_for(behaviours, |peer| peer.speaking(V3));
 }
 
 fn at(time: &WaitResponse) -> (i64, i32) {

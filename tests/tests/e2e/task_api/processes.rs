@@ -35,7 +35,7 @@ fn processes_join_containers_as_under_runc() {
     ]);
 }
 
-pub(super) fn exec_life(pod: &Pod, id: &str) -> Notes {
+fn exec_life(pod: &Pod, id: &str) -> Notes {
     let mut notes = Notes::new();
     pod.run(id, &["sleep", "1000"]);
     let (shim, nothing) = (&pod.shim, Paths::default());
@@ -214,7 +214,7 @@ fn exec_after_the_init(pod: &Pod, id: &str) -> Notes {
     notes
 }
 
-pub(super) fn pids_of_processes(pod: &Pod, id: &str) -> Notes {
+fn pids_of_processes(pod: &Pod, id: &str) -> Notes {
     let mut notes = Notes::new();
     let (paths, wait) = pod.first_word(id);
     let shim = &pod.shim;
@@ -241,7 +241,7 @@ pub(super) fn pids_of_processes(pod: &Pod, id: &str) -> Notes {
     notes
 }
 
-pub(super) fn limits_and_statistics(pod: &Pod, id: &str) -> Notes {
+fn limits_and_statistics(pod: &Pod, id: &str) -> Notes {
     let mut notes = Notes::new();
     let shim = &pod.shim;
     let (paths, wait) = pod.first_word(id);

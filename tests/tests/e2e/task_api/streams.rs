@@ -93,7 +93,7 @@ fn run(pod: &Pod, id: &str, args: &[&str], paths: &Paths) -> Notes {
     notes
 }
 
-pub(super) fn input_closed_before_the_start(pod: &Pod, id: &str) -> Notes {
+fn input_closed_before_the_start(pod: &Pod, id: &str) -> Notes {
     let streams = pod.peer.streams(id, Some(b"one line\n")).unwrap();
     let mut notes = run(pod, id, &["cat"], &streams.paths);
     notes.push(streams.stdout.text().unwrap());
@@ -194,7 +194,7 @@ fn read_when_written(path: &Path, lines: usize) -> String {
     }
 }
 
-pub(super) fn terminal(pod: &Pod, id: &str) -> Notes {
+fn terminal(pod: &Pod, id: &str) -> Notes {
     let mut notes = Notes::new();
     let streams = pod.peer.terminal(id, b"typed\n").unwrap();
     let kind = Kind::Member(&pod.sandbox.id);
