@@ -96,6 +96,17 @@ pub fn child(directory: &Path, wanted: impl Fn(&str) -> bool) -> io::Result<Opti
     Ok(None)
 }
 
+/// Has the disk of this number (`MAJOR:MINOR`) shared between control groups by their weights. Until then it has no scheduler, which costs least.
+pub fn share_by_weights(number: &str) -> Result<(), Error> {
+    let queue = PathBuf::from(format!("/sys/dev/block/{number}/queue"));
+    // BFQ's own ideas of what is interactive would override the weights.
+    for (file, value) in [("scheduler", "bfq"), ("iosched/low_latency", "0")] {
+        let path = queue.join(file);
+        fs::write(&path, value).context(|| format!("writing {value:?} to {}", path.display()))?;
+    }
+    Ok(())
+}
+
 fn kernel_events() -> io::Result<OwnedFd> {
     let socket = rustix::net::socket_with(
         AddressFamily::NETLINK,

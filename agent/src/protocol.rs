@@ -29,7 +29,7 @@
 //! whatever else the agent does not do it refuses: the shim removes what the host can answer for. Sources of bind mounts are paths
 //! of the guest.
 //!
-//! Limits of single devices (`linux.resources.blockIO.throttle*Device`, and the files of `unified` whose lines begin with a device) name
+//! Limits of single devices (`linux.resources.blockIO.*Device`, and the files of `unified` whose lines begin with a device) name
 //! the machine's disks: the major number is 0, and the minor [`SCRATCH_DISK`] or [`ROOT_DISK`].
 //!
 //! # Streams

@@ -8,12 +8,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use bulkhead_agent::protocol::namespace_of;
-use oci_spec::runtime::{
-    LinuxNamespace, LinuxNamespaceType, LinuxResources, LinuxThrottleDevice, Mount, Root,
-};
-use serde::Serialize;
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Root};
 use serde::de::DeserializeOwned;
-use serde_json::json;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use serde_json::value::{RawValue, to_raw_value};
 
 use crate::backing::{self, Backing, Number};
@@ -54,7 +52,8 @@ pub struct Spec<'a> {
 const HOST_LABELS: [&str; 2] = ["apparmorProfile", "selinuxLabel"];
 
 /// Fields of `linux.resources.blockIO` that limit devices of the host.
-const THROTTLES: [&str; 4] = [
+const DEVICE_LIMITS: [&str; 5] = [
+    "weightDevice",
     "throttleReadBpsDevice",
     "throttleWriteBpsDevice",
     "throttleReadIOPSDevice",
@@ -62,7 +61,7 @@ const THROTTLES: [&str; 4] = [
 ];
 
 /// Files of `linux.resources.unified` whose lines begin with the number of a device.
-const PER_DEVICE: [&str; 4] = ["io.bfq.weight", "io.latency", "io.max", "io.weight"];
+const PER_DEVICE: [&str; 3] = ["io.bfq.weight", "io.latency", "io.max"];
 
 /// Fields of `linux.resources.cpu` that the machine's affinity takes care of.
 const HOST_NUMBERS: [&str; 2] = ["cpus", "mems"];
@@ -217,6 +216,16 @@ impl<'a> Spec<'a> {
     }
 }
 
+/// A limit of one device.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct DeviceLimit {
+    major: i64,
+    minor: i64,
+    /// What the limit is.
+    #[serde(flatten)]
+    limit: BTreeMap<String, Value>,
+}
+
 /// The text of an exec's process for the guest.
 pub fn process_for_guest(json: &[u8]) -> Result<Vec<u8>, Error> {
     serde_json::to_vec(&unlabelled(json)?).map_err(json_error("process"))
@@ -245,13 +254,17 @@ fn guest_resources<'a>(resources: &'a [u8], backing: &Backing) -> Result<Object<
     let block = resources.get("blockIO");
     if let Some(Cow::Borrowed(block)) = block.filter(|block| block.get() != "null") {
         let mut block = object("blockIO", block.get().as_bytes())?;
-        for field in THROTTLES {
-            let devices: Option<Vec<LinuxThrottleDevice>> = part(&block, field)?.flatten();
+        for field in DEVICE_LIMITS {
+            let devices: Option<Vec<DeviceLimit>> = part(&block, field)?.flatten();
             let mut there = Vec::new();
             for device in devices.iter().flatten() {
-                let text = format!("{}:{}", device.major(), device.minor());
+                let text = format!("{}:{}", device.major, device.minor);
                 for disk in disks_on(backing, &format!("blockIO.{field}"), &text)? {
-                    there.push(json!({"major": 0, "minor": disk, "rate": device.rate()}));
+                    there.push(DeviceLimit {
+                        major: 0,
+                        minor: disk.into(),
+                        ..device.clone()
+                    });
                 }
             }
             if !there.is_empty() {
@@ -383,7 +396,7 @@ fn json_error(field: &'static str) -> impl Fn(serde_json::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::Value;
+    use serde_json::json;
 
     use super::*;
 
@@ -513,7 +526,11 @@ mod tests {
             let (major, minor) = device.split_once(':').unwrap();
             let number = |text: &str| text.parse::<i64>().unwrap();
             json!({
-                "blockIO": {"throttleReadBpsDevice": [{"major": number(major), "minor": number(minor), "rate": 9}], "weight": null},
+                "blockIO": {
+                    "throttleReadBpsDevice": [{"major": number(major), "minor": number(minor), "rate": 9}],
+                    "weight": null,
+                    "weightDevice": [{"major": number(major), "minor": number(minor), "weight": 10, "leafWeight": 0}],
+                },
                 "unified": {"io.max": format!("{device} wiops=5\n"), "memory.high": "1"},
             })
             .to_string()
@@ -521,7 +538,7 @@ mod tests {
         let error = resources_for_guest(asked("1:3").as_bytes(), &backing).unwrap_err();
         let text = error.to_string();
         assert!(
-            text.contains("throttleReadBpsDevice") && text.contains("1:3"),
+            text.contains("weightDevice") && text.contains("1:3"),
             "{text}"
         );
         // What this directory lies on, if that is a device.
@@ -536,6 +553,10 @@ mod tests {
             let guest: Value = serde_json::from_slice(&guest).unwrap();
             let throttle = &guest["blockIO"]["throttleReadBpsDevice"];
             assert_eq!(*throttle, json!([{"major": 0, "minor": 0, "rate": 9}]));
+            assert_eq!(
+                guest["blockIO"]["weightDevice"],
+                json!([{"major": 0, "minor": 0, "weight": 10, "leafWeight": 0}])
+            );
             assert_eq!(
                 guest["unified"],
                 json!({"io.max": "0:0 wiops=5", "memory.high": "1"})

@@ -2,9 +2,14 @@
 
 use std::io;
 
-use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice};
+use oci_spec::runtime::{
+    LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources, LinuxThrottleDevice, LinuxWeightDevice,
+};
 
 use crate::error::{Context, Error};
+
+/// The file of weights, by which the scheduler BFQ shares a disk.
+const WEIGHT: &str = "io.bfq.weight";
 
 /// A value to write to a file of the group.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,6 +22,11 @@ impl Setting {
     /// Whether it is for input and output, and may name a disk.
     pub fn is_of_disks(&self) -> bool {
         self.file.starts_with("io.")
+    }
+
+    /// Whether it is a weight, which means nothing to a disk whose scheduler does not share by weights.
+    pub fn is_weight(&self) -> bool {
+        self.file == WEIGHT
     }
 
     /// The disk at the beginning of its value, as the host calls it, and what follows.
@@ -92,6 +102,11 @@ pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Error> {
         if file.contains('/') || !file.contains('.') {
             return Err(Error::InvalidArgument(format!(
                 "linux.resources.unified: {file:?} is no file of a control group"
+            )));
+        }
+        if file == "io.weight" {
+            return Err(Error::InvalidArgument(format!(
+                "linux.resources.unified: the guest's kernel has no {file}: it shares disks by {WEIGHT} (1 to 1000, 100 by default)"
             )));
         }
         settings.extend(value.lines().map(|line| setting(file, line)));
@@ -234,16 +249,12 @@ fn block(block: &LinuxBlockIo, settings: &mut Vec<Setting>) -> Result<(), Error>
         "blockIO.leafWeight",
         block.leaf_weight().is_some_and(|weight| weight != 0),
     )?;
-    // The guest's kernel has nothing that would share a disk by weights.
-    refuse(
-        "blockIO.weight",
-        block.weight().is_some_and(|weight| weight != 0),
-    )?;
-    let devices = block.weight_device().as_ref();
-    refuse(
-        "blockIO.weightDevice",
-        devices.is_some_and(|devices| !devices.is_empty()),
-    )?;
+    if let Some(weight) = block.weight().filter(|&weight| weight != 0) {
+        settings.push(setting(WEIGHT, disk_weight("weight", weight)?));
+    }
+    for device in block.weight_device().iter().flatten() {
+        settings.extend(device_weight(device)?);
+    }
     for (name, devices) in [
         ("rbps", block.throttle_read_bps_device()),
         ("wbps", block.throttle_write_bps_device()),
@@ -255,6 +266,29 @@ fn block(block: &LinuxBlockIo, settings: &mut Vec<Setting>) -> Result<(), Error>
         }
     }
     Ok(())
+}
+
+/// Checks a weight of disks. The specification's are BFQ's, but that BFQ knows smaller ones.
+fn disk_weight(field: &str, weight: u16) -> Result<u16, Error> {
+    match weight {
+        10..=1000 => Ok(weight),
+        _ => Err(Error::InvalidArgument(format!(
+            "linux.resources.blockIO.{field} is {weight}: a weight is from 10 to 1000"
+        ))),
+    }
+}
+
+fn device_weight(device: &LinuxWeightDevice) -> Result<Option<Setting>, Error> {
+    refuse(
+        "blockIO.weightDevice.leafWeight",
+        device.leaf_weight().is_some_and(|weight| weight != 0),
+    )?;
+    let (major, minor) = (device.major(), device.minor());
+    let Some(weight) = device.weight().filter(|&weight| weight != 0) else {
+        return Ok(None);
+    };
+    let weight = disk_weight("weightDevice.weight", weight)?;
+    Ok(Some(setting(WEIGHT, format!("{major}:{minor} {weight}"))))
 }
 
 fn throttle(name: &str, device: &LinuxThrottleDevice) -> Setting {
@@ -328,6 +362,11 @@ mod tests {
             &[("io.max", "253:0 rbps=9")],
         );
         is(
+            r#"{"blockIO":{"weight":10,"weightDevice":[{"major":0,"minor":1,"weight":1000},{"major":0,"minor":0}]}}"#,
+            &[("io.bfq.weight", "10"), ("io.bfq.weight", "0:1 1000")],
+        );
+        is(r#"{"blockIO":{"weight":0,"leafWeight":0}}"#, &[]);
+        is(
             r#"{"unified":{"memory.high":"5","io.max":"1:2 rbps=3\n1:3 rbps=4"}}"#,
             &[
                 ("io.max", "1:2 rbps=3"),
@@ -344,6 +383,7 @@ mod tests {
         assert_eq!(disk("io.weight", "default 5"), None);
         assert_eq!(disk("io.max", "8:0 rbps=9"), None);
         assert!(setting("io.max", "").is_of_disks() && !setting("pids.max", "").is_of_disks());
+        assert!(setting("io.bfq.weight", "").is_weight() && !setting("io.max", "").is_weight());
     }
 
     #[test]
@@ -358,7 +398,18 @@ mod tests {
                 "memory.disableOOMKiller",
             ),
             (r#"{"cpu":{"realtimeRuntime":1}}"#, "cpu.realtimeRuntime"),
-            (r#"{"blockIO":{"weight":10}}"#, "blockIO.weight"),
+            (r#"{"blockIO":{"weight":9}}"#, "blockIO.weight is 9"),
+            (r#"{"blockIO":{"weight":1001}}"#, "blockIO.weight is 1001"),
+            (
+                r#"{"blockIO":{"weightDevice":[{"major":0,"minor":0,"weight":1001}]}}"#,
+                "blockIO.weightDevice.weight is 1001",
+            ),
+            (
+                r#"{"blockIO":{"weightDevice":[{"major":0,"minor":0,"leafWeight":10}]}}"#,
+                "blockIO.weightDevice.leafWeight",
+            ),
+            (r#"{"blockIO":{"leafWeight":10}}"#, "blockIO.leafWeight"),
+            (r#"{"unified":{"io.weight":"200"}}"#, "io.bfq.weight"),
             (r#"{"network":{"classID":1}}"#, "network.classID"),
             (r#"{"cpu":{"cpus":"0-1"}}"#, "cpu.cpus"),
             (r#"{"rdma":{"mlx5":{"hcaHandles":1}}}"#, "rdma"),

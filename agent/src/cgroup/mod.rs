@@ -15,7 +15,9 @@ use rustix::fs::{Mode, OFlags};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::disk;
 use crate::error::{Context, Error};
+use crate::protocol::{ROOT_DISK, SCRATCH_DISK};
 use crate::sys::{self, asynchronous};
 
 /// The controllers that containers are given, as far as the kernel has them.
@@ -91,7 +93,8 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Sets the limits of disks, whose numbers (`MAJOR:MINOR`) `number` knows; none for a disk that the container does not have.
+    /// Sets the limits of disks, whose numbers (`MAJOR:MINOR`) `number` knows; none for a disk that the container does not have. The first
+    /// weight for a disk has it shared by weights from then on.
     pub fn limit_disks(
         &self,
         resources: &LinuxResources,
@@ -99,6 +102,17 @@ impl Cgroup {
     ) -> Result<(), Error> {
         let settings = limits::settings(resources)?.into_iter();
         for setting in settings.filter(limits::Setting::is_of_disks) {
+            if setting.is_weight() {
+                let disks = match setting.disk() {
+                    Some((disk, _)) => vec![disk],
+                    None => vec![SCRATCH_DISK, ROOT_DISK],
+                };
+                for disk in disks {
+                    if let Some(number) = number(disk)? {
+                        disk::share_by_weights(&number)?;
+                    }
+                }
+            }
             let value = match setting.disk() {
                 None => setting.value.clone(),
                 Some((disk, rest)) => match number(disk)? {

@@ -14,6 +14,7 @@ mod publisher;
 mod streams;
 mod waiting;
 
+use std::fs::File;
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -101,6 +102,21 @@ impl Pod {
         (paths, wait)
     }
 
+    /// What a shell says that is run in a container.
+    fn say(&self, id: &str, script: &str) -> String {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let exec = format!("say{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let streams = self.peer.streams(&exec, None).unwrap();
+        let program = ["sh", "-c", script];
+        self.shim.exec(id, &exec, &program, &streams.paths).unwrap();
+        self.shim.start(id, &exec).unwrap();
+        self.shim.wait(id, &exec).unwrap();
+        self.shim.delete(id, &exec).unwrap();
+        let errors = streams.stderr.text().unwrap();
+        assert_eq!(errors, "");
+        streams.stdout.text().unwrap()
+    }
+
     /// Kills a container and deletes it.
     fn remove(&self, id: &str) {
         self.shim.kill(id, "", SIGKILL, true).unwrap();
@@ -143,6 +159,21 @@ impl Pod {
 
 fn send(pid: u32, signal: Signal) {
     kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
+}
+
+/// The next line that a container writes.
+fn line(output: &mut File) -> String {
+    // What it does before may be much.
+    let limit = (PATIENCE * 5).try_into().unwrap();
+    let mut line = Vec::new();
+    while !line.ends_with(b"\n") {
+        let mut waits = [PollFd::new(output, PollFlags::IN)];
+        assert_eq!(poll(&mut waits, Some(&limit)), Ok(1), "{line:?}");
+        let mut byte = [0];
+        output.read_exact(&mut byte).unwrap();
+        line.extend(byte);
+    }
+    String::from_utf8(line).unwrap().trim_end().into()
 }
 
 /// Waits until a process is gone.

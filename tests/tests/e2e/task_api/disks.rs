@@ -6,11 +6,13 @@ use std::path::Path;
 use std::process::Command;
 
 use bulkhead_tests::ctr::{Runtime, World};
-use bulkhead_tests::peer::{Paths, mount};
+use bulkhead_tests::peer::{Kind, Paths, mount};
 use bulkhead_tests::process;
-use serde_json::json;
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use containerd_shim_protos::protobuf::Message;
+use serde_json::{Value, json};
 
-use super::{Pod, SIGKILL};
+use super::{Pod, line};
 
 fn make(program: &str, arguments: &[&str]) -> String {
     process::output(Command::new(program).args(arguments)).unwrap()
@@ -116,7 +118,11 @@ fn every_limit_can_be_changed() {
         "pids": {"limit": 77},
         "hugepageLimits": [{"pageSize": "2MB", "limit": 4 << 20}],
         "unified": {"memory.high": "61440000"},
-        "blockIO": {"throttleWriteBpsDevice": [throttle(&world.site().directory, 1 << 20)]},
+        "blockIO": {
+            "throttleWriteBpsDevice": [limit(&world.site().directory, "rate", 1 << 20)],
+            "weight": 500,
+            "weightDevice": [limit(&world.site().directory, "weight", 700)],
+        },
     }))
     .unwrap();
     let refused = update(
@@ -127,15 +133,32 @@ fn every_limit_can_be_changed() {
         refused.contains("blockIO.throttleReadBpsDevice") && refused.contains("1:3"),
         "{refused}"
     );
-    let streams = pod.peer.streams("x", None).unwrap();
+    for (resources, words) in [
+        (
+            json!({"blockIO": {"weight": 1001}}),
+            ["blockIO.weight", "1001"],
+        ),
+        (
+            json!({"blockIO": {"weightDevice": [{"major": 1, "minor": 3, "weight": 10}]}}),
+            ["blockIO.weightDevice", "1:3"],
+        ),
+        (
+            json!({"blockIO": {"weightDevice": [limit(&world.site().directory, "leafWeight", 10)]}}),
+            ["blockIO.weightDevice", "leafWeight"],
+        ),
+        (
+            json!({"unified": {"io.weight": "200"}}),
+            ["io.weight", "io.bfq.weight"],
+        ),
+    ] {
+        let refused = update(resources).unwrap_err().to_string();
+        assert!(words.iter().all(|word| refused.contains(word)), "{refused}");
+    }
     let files = "memory.max memory.low memory.swap.max memory.high cpu.weight cpu.max cpu.max.burst pids.max hugetlb.2MB.max";
-    let script = format!("cd /sys/fs/cgroup; cat {files}; cut -d ' ' -f 2- io.max | uniq -c");
-    let program = ["sh", "-c", &script];
-    pod.shim.exec("c", "x", &program, &streams.paths).unwrap();
-    pod.shim.start("c", "x").unwrap();
-    pod.shim.wait("c", "x").unwrap();
-    pod.shim.delete("c", "x").unwrap();
-    let text = streams.stdout.text().unwrap();
+    let script = format!(
+        "cd /sys/fs/cgroup; cat {files}; cut -d ' ' -f 2- io.max | uniq -c; sed 's/.*:.* /disk /' io.bfq.weight"
+    );
+    let text = pod.say("c", &script);
     let lines: Vec<_> = text.lines().map(str::trim).collect();
     let expected = [
         "100663296",
@@ -149,17 +172,74 @@ fn every_limit_can_be_changed() {
         "4194304",
         // Of the scratch disk, and of the root's.
         "2 rbps=max wbps=1048576 riops=max wiops=max",
+        "default 500",
+        "disk 700",
+        "disk 700",
     ];
-    assert_eq!(lines, expected, "{}", streams.stderr.text().unwrap());
-    pod.shim.kill("c", "", SIGKILL, true).unwrap();
-    pod.shim.wait("c", "").unwrap();
-    pod.shim.delete("c", "").unwrap();
+    assert_eq!(lines, expected);
+    pod.remove("c");
+    pod.end();
+    world.finish().unwrap();
+}
+
+/// A disk has a scheduler from the first weight on, which serves containers by their weights.
+#[test]
+fn disks_are_shared_by_weights() {
+    let world = World::new().unwrap();
+    let pod = Pod::start(&world, Runtime::Bulkhead);
+    let create = |id: &str, weight: u64, count: u64, then: &str| {
+        let change = |config: &mut Value| {
+            config["linux"]["resources"]["blockIO"] = json!({"weight": weight});
+        };
+        let write = format!(
+            "dd if=/dev/zero of=/file bs=4M count={count} conv=notrunc oflag=direct 2>/dev/null"
+        );
+        let script = format!("{write}; echo written; {then} {write}; do :; done");
+        let kind = Kind::Member(&pod.sandbox.id);
+        let bundle = pod.peer.bundle(id, kind, &["sh", "-c", &script], change);
+        let (stdout, output) = pod.peer.unread(id).unwrap();
+        let paths = Paths {
+            stdout,
+            ..Paths::default()
+        };
+        let created = pod.shim.create(&bundle.unwrap(), &paths);
+        created.map(|_| output)
+    };
+    let refused = create("lightest", 9, 1, "until").unwrap_err().to_string();
+    assert!(refused.contains("blockIO.weight is 9"), "{refused}");
+    pod.run("idle", &["sleep", "1000"]);
+    let script = "cat /sys/fs/cgroup/io.bfq.weight /sys/block/vd*/queue/scheduler";
+    let disks = "[none] bfq \n".repeat(3);
+    assert_eq!(pod.say("idle", script), format!("default 100\n{disks}"));
+    // One goes on writing while the other writes so much.
+    let mut light = create("light", 100, 1, "while").unwrap();
+    let mut heavy = create("heavy", 1000, 32, "until").unwrap();
+    // The guest's root, and that of the container without a weight, stay as they were.
+    let disks = "[none] bfq \nnone [bfq] \n[none] bfq \nnone [bfq] \nnone [bfq] \n";
+    assert_eq!(pod.say("idle", script), format!("default 100\n{disks}"));
+    let written = |id: &str| {
+        let stats = pod.shim.stats(id).unwrap().stats;
+        let stats = Metrics::parse_from_bytes(&stats.value).unwrap();
+        stats.io.usage.iter().map(|disk| disk.wbytes).sum::<u64>()
+    };
+    pod.shim.start("light", "").unwrap();
+    assert_eq!(line(&mut light), "written");
+    pod.shim.start("heavy", "").unwrap();
+    let before = (written("heavy"), written("light"));
+    assert_eq!(line(&mut heavy), "written");
+    let after = (written("heavy"), written("light"));
+    let (heavy, light) = (after.0 - before.0, after.1 - before.1);
+    eprintln!("with a weight of 1000: {heavy} bytes, of 100: {light} bytes");
+    assert!(light > 0 && heavy > 2 * light, "{heavy} {light}");
+    for id in ["idle", "heavy", "light"] {
+        pod.remove(id);
+    }
     pod.end();
     world.finish().unwrap();
 }
 
 /// A limit of the device that a directory lies on.
-fn throttle(directory: &Path, rate: u64) -> serde_json::Value {
+fn limit(directory: &Path, name: &str, value: u64) -> Value {
     let device = fs::metadata(directory).unwrap().dev();
-    json!({"major": rustix::fs::major(device), "minor": rustix::fs::minor(device), "rate": rate})
+    json!({"major": rustix::fs::major(device), "minor": rustix::fs::minor(device), name: value})
 }
