@@ -59,7 +59,7 @@ impl Plan {
         let (namespaces, joins) = Namespaces::new(linux)?;
         let seccomp = linux.seccomp().as_ref().map(Filter::compile).transpose()?;
         let resources = linux.resources().clone().unwrap_or_default();
-        limits::settings(&resources)?;
+        limits::settings(&resources, String::new)?;
         let device_rules = resources.devices().as_deref().unwrap_or_default();
         let hooks = spec.hooks().clone().unwrap_or_default();
         let propagation = linux

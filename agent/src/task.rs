@@ -130,10 +130,10 @@ impl TaskService {
         }
         let resources = value("resources", &request.resources, RESOURCES_TYPE_URL)?;
         let resources = oci::parse_resources(resources)?;
-        container.cgroup.limit(&resources)?;
         let root = &container.built.root;
         self.agent
             .limit_disks(root, &container.cgroup, &resources)?;
+        container.cgroup.change_limits(&resources)?;
         match resources.devices().as_deref() {
             None | Some([]) => Ok(()),
             Some(asked) => container.cgroup.allow_devices(&devices::rules(asked)?),

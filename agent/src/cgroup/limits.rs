@@ -53,14 +53,17 @@ fn refuse(field: &str, present: bool) -> Result<(), Error> {
     if present { Err(refused(field)) } else { Ok(()) }
 }
 
-/// The settings for limits, in the order in which they are to be written.
-pub fn settings(resources: &LinuxResources) -> Result<Vec<Setting>, Error> {
+/// The settings for limits, in the order in which they are to be written. `quota` is that of processor time that is in force.
+pub fn settings(
+    resources: &LinuxResources,
+    quota: impl FnOnce() -> String,
+) -> Result<Vec<Setting>, Error> {
     let mut settings = Vec::new();
     if let Some(memory) = resources.memory() {
         self::memory(memory, &mut settings)?;
     }
     if let Some(cpu) = resources.cpu() {
-        self::cpu(cpu, &mut settings)?;
+        self::cpu(cpu, quota, &mut settings)?;
     }
     // As everywhere, 0 says nothing, and a negative number that there is no limit.
     match resources.pids().as_ref().map(|pids| pids.limit()) {
@@ -198,7 +201,11 @@ fn memory(memory: &LinuxMemory, settings: &mut Vec<Setting>) -> Result<(), Error
     Ok(())
 }
 
-fn cpu(cpu: &LinuxCpu, settings: &mut Vec<Setting>) -> Result<(), Error> {
+fn cpu(
+    cpu: &LinuxCpu,
+    in_force: impl FnOnce() -> String,
+    settings: &mut Vec<Setting>,
+) -> Result<(), Error> {
     // The host's numbers, which the host takes care of.
     for (field, list) in [("cpu.cpus", cpu.cpus()), ("cpu.mems", cpu.mems())] {
         let named = list.as_deref().is_some_and(|list| !list.is_empty());
@@ -224,11 +231,11 @@ fn cpu(cpu: &LinuxCpu, settings: &mut Vec<Setting>) -> Result<(), Error> {
     if cpu.burst().is_some() && (quota, period) != (None, None) {
         settings.push(setting("cpu.max.burst", 0));
     }
-    match (quota, period) {
+    match (quota.map(or_max), period) {
         (None, None) => {}
-        (quota, None) => settings.push(setting("cpu.max", or_max(quota.unwrap_or(-1)))),
+        (Some(quota), None) => settings.push(setting("cpu.max", quota)),
         (quota, Some(period)) => {
-            let quota = or_max(quota.unwrap_or(-1));
+            let quota = quota.unwrap_or_else(in_force);
             settings.push(setting("cpu.max", format!("{quota} {period}")));
         }
     }
@@ -305,7 +312,7 @@ mod tests {
     use super::*;
 
     fn settled(json: &str) -> Result<Vec<(String, String)>, Error> {
-        let settings = settings(&serde_json::from_str(json).unwrap())?;
+        let settings = settings(&serde_json::from_str(json).unwrap(), || "70".into())?;
         Ok(settings.into_iter().map(|s| (s.file, s.value)).collect())
     }
 
@@ -348,6 +355,7 @@ mod tests {
         );
         is(r#"{"cpu":{"burst":7}}"#, &[("cpu.max.burst", "7")]);
         is(r#"{"cpu":{"quota":-1}}"#, &[("cpu.max", "max")]);
+        is(r#"{"cpu":{"period":80}}"#, &[("cpu.max", "70 80")]);
         is(r#"{"cpu":{"shares":2}}"#, &[("cpu.weight", "1")]);
         is(r#"{"cpu":{"shares":262144}}"#, &[("cpu.weight", "10000")]);
         is(r#"{"pids":{"limit":7}}"#, &[("pids.max", "7")]);

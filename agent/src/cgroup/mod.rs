@@ -76,7 +76,7 @@ impl Cgroup {
     /// Sets limits, but for those of disks. Those that are not mentioned stay as they are.
     pub fn limit(&self, resources: &LinuxResources) -> Result<(), Error> {
         limits::check_usage(resources, || self.read_number("memory.current"))?;
-        for setting in limits::settings(resources)? {
+        for setting in limits::settings(resources, || self.quota())? {
             if setting.is_of_disks() {
                 continue;
             }
@@ -93,6 +93,29 @@ impl Cgroup {
         Ok(())
     }
 
+    /// Does the same while the container is there: if one limit cannot be set all stay as they are.
+    pub fn change_limits(&self, resources: &LinuxResources) -> Result<(), Error> {
+        let settings = limits::settings(resources, || self.quota())?.into_iter();
+        let settings = settings.filter(|setting| !setting.is_of_disks());
+        let before: Vec<_> = settings
+            .filter_map(|limits::Setting { file, .. }| Some((self.read(&file).ok()?, file)))
+            .collect();
+        let changed = self.limit(resources);
+        if changed.is_err() {
+            for (value, file) in before.into_iter().rev() {
+                // The error to tell is the first one.
+                drop(fs::write(self.path.join(file), value));
+            }
+        }
+        changed
+    }
+
+    /// The quota of processor time that is in force, as the kernel writes it.
+    fn quota(&self) -> String {
+        let text = self.read("cpu.max").unwrap_or_default();
+        text.split(' ').next().unwrap_or_default().to_owned()
+    }
+
     /// Sets the limits of disks, whose numbers (`MAJOR:MINOR`) `number` knows; none for a disk that the container does not have. The first
     /// weight for a disk has it shared by weights from then on.
     pub fn limit_disks(
@@ -100,7 +123,7 @@ impl Cgroup {
         resources: &LinuxResources,
         number: impl Fn(u32) -> Result<Option<String>, Error>,
     ) -> Result<(), Error> {
-        let settings = limits::settings(resources)?.into_iter();
+        let settings = limits::settings(resources, || self.quota())?.into_iter();
         for setting in settings.filter(limits::Setting::is_of_disks) {
             if setting.is_weight() {
                 let disks = match setting.disk() {

@@ -12,6 +12,7 @@ mod processes;
 mod promptness;
 mod publisher;
 mod streams;
+mod updates;
 mod waiting;
 
 use std::fs::File;

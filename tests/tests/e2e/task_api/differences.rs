@@ -42,6 +42,18 @@ pub const DIFFERENCES: &[Difference] = &[
         reason: "a guest has no RDMA devices, and runc's shim gives an empty message where the host has none",
     },
     Difference {
+        behaviour: "updates",
+        runc: "100663296 8388608 max max 39 30000 100000 30",
+        bulkhead: "100663296 8388608 max max 39 30000 50000 30",
+        reason: "what is not mentioned stays as it is; runc forgets the period when an update says nothing of processor time",
+    },
+    Difference {
+        behaviour: "wrong_updates",
+        runc: "50331648 16777216 33554432 max 20 40000 80000 33",
+        bulkhead: "100663296 16777216 33554432 max 20 40000 80000 77",
+        reason: "an update that fails changes nothing; runc would undo it too, but has forgotten by then what was before",
+    },
+    Difference {
         behaviour: "pids_of_processes",
         runc: "init: 1, exec: 1",
         bulkhead: "init: 2, exec: 1",
