@@ -17,7 +17,7 @@ mod names;
 mod plugins;
 mod queues;
 mod remains;
-mod traffic;
+pub mod traffic;
 
 /// Where containerd looks for networks and their plugins.
 const NETWORKS: &str = "/etc/cni/net.d";

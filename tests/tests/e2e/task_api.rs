@@ -11,6 +11,7 @@ mod lifecycle;
 mod processes;
 mod promptness;
 mod publisher;
+mod statistics;
 mod streams;
 mod updates;
 mod waiting;
