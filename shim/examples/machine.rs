@@ -49,6 +49,7 @@ async fn main() -> Result<(), Error> {
             cmdline: arguments.cmdline.clone(),
             disks: Vec::new(),
             boot_timeout: Duration::from_secs(60),
+            allow_foreign_sources: false,
         })
         .await;
         match machine {

@@ -57,6 +57,8 @@ pub struct Config {
     pub scratch_dir: PathBuf,
     /// Size of a scratch disk in MiB. It is sparse: it takes the space that containers fill.
     pub scratch_size_mib: u64,
+    /// Whether guests may send from hardware and IP addresses that are not theirs.
+    pub allow_foreign_sources: bool,
 }
 
 impl Default for Config {
@@ -75,6 +77,7 @@ impl Default for Config {
             cache_size_mib: 20 * 1024,
             scratch_dir: "/var/lib/bulkhead/scratch".into(),
             scratch_size_mib: 16 * 1024,
+            allow_foreign_sources: false,
         }
     }
 }
@@ -229,7 +232,7 @@ mod tests {
         // The error names all keys that there are.
         let error = parse("x = 1").unwrap_err().to_string();
         let keys: Vec<&str> = error.split('`').skip(3).step_by(2).collect();
-        assert_eq!(keys.len(), 13);
+        assert_eq!(keys.len(), 14);
         for key in keys {
             assert!(sample.contains(&format!("\n{key} = ")), "{key}");
         }
@@ -252,12 +255,14 @@ mod tests {
             cache_size_mib = 64
             scratch_dir = "/a/scratch"
             scratch_size_mib = 64
+            allow_foreign_sources = true
             "#,
         )
         .unwrap();
         assert_eq!(config.kernel, Path::new("/a/kernel"));
         assert_eq!(config.default_vcpus, 32);
         assert_eq!(config.boot_timeout(), Duration::from_secs(5));
+        assert!(config.allow_foreign_sources);
     }
 
     #[test]
@@ -308,6 +313,10 @@ mod tests {
             (
                 "kernel_params = \"a\\nb\"",
                 ["kernel_params = \"a\\nb\"", "printable ASCII"],
+            ),
+            (
+                "allow_foreign_sources = \"off\"",
+                ["allow_foreign_sources = \"off\"", "expected a boolean"],
             ),
             ("default_vcpus", ["line 1", "expected"]),
         ] {

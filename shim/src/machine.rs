@@ -10,6 +10,7 @@ mod worker;
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -69,6 +70,8 @@ pub struct MachineSpec {
     pub disks: Vec<DiskFiles>,
     /// How long the guest may take until its agent answers.
     pub boot_timeout: Duration,
+    /// Whether the guest may send from others' addresses.
+    pub allow_foreign_sources: bool,
 }
 
 /// What can go wrong with a machine.
@@ -191,6 +194,7 @@ pub struct Machine {
     pid: u32,
     vcpus: u8,
     boot_timeout: Duration,
+    allow_foreign_sources: bool,
     commands: mpsc::Sender<Command>,
     /// Apart from the commands, because those wait when the VMM does not read.
     stop: Arc<Notify>,
@@ -300,6 +304,7 @@ impl Machine {
             pid,
             vcpus: spec.vcpus,
             boot_timeout: spec.boot_timeout,
+            allow_foreign_sources: spec.allow_foreign_sources,
             commands,
             stop,
             state,
@@ -315,6 +320,15 @@ impl Machine {
     /// The number of its virtual processors.
     pub fn vcpus(&self) -> u8 {
         self.vcpus
+    }
+
+    /// What the guest may send through an interface that has these addresses.
+    pub fn sources(&self, addresses: Vec<IpAddr>) -> Sources {
+        if self.allow_foreign_sources {
+            Sources::Any
+        } else {
+            Sources::Addresses(addresses)
+        }
     }
 
     /// The PCI device numbers of [`MachineSpec::disks`], in their order, once the machine is ready.

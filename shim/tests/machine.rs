@@ -268,6 +268,7 @@ fn spec(cmdline: &str) -> MachineSpec {
         cmdline: cmdline.to_owned(),
         disks: vec![disk("scratch")],
         boot_timeout: Duration::from_secs(60),
+        allow_foreign_sources: false,
     }
 }
 
@@ -382,6 +383,21 @@ async fn a_machine_is_used_and_stopped() {
         assert!(matches!(error, Error::Stopped(_)), "{error}");
     }
     assert!(setup(&agent.client, "late").await.is_err());
+}
+
+async fn a_guest_may_send_what_the_administrator_wants() {
+    let own = vec!["10.0.0.1".parse().unwrap()];
+    let usual = spec("agent");
+    let other = MachineSpec {
+        allow_foreign_sources: true,
+        ..spec("agent")
+    };
+    let expected = [Sources::Addresses(own.clone()), Sources::Any];
+    for (spec, expected) in [usual, other].into_iter().zip(expected) {
+        let machine = Machine::start(spec).await.unwrap();
+        assert_eq!(machine.sources(own.clone()), expected);
+        machine.stop().await;
+    }
 }
 
 async fn an_agent_that_dials_again_is_found() {
@@ -564,6 +580,7 @@ fn main() -> ExitCode {
     }
     run![
         a_machine_is_used_and_stopped,
+        a_guest_may_send_what_the_administrator_wants,
         an_agent_that_dials_again_is_found,
         requests_fail_when_the_vmm_ends,
         a_failed_start_says_why_with_the_console,

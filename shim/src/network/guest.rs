@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use bulkhead_agent::netlink::Message;
 use bulkhead_agent::protocol::sandbox::{Interface as GuestInterface, SetNetworkRequest};
 use bulkhead_agent::protocol::sandbox_ttrpc::SandboxClient;
-use bulkhead_vmm::control::{Nic, Sources};
+use bulkhead_vmm::control::Nic;
 use ttrpc::context::Context;
 
 use super::{Interface, Network, connect};
@@ -70,7 +70,7 @@ async fn attach(machine: &Machine, interface: Interface) -> Result<GuestInterfac
         mac,
         mtu: u16::try_from(mtu).unwrap_or(u16::MAX),
         pairs: taps.len() as u16,
-        sources: Sources::Addresses(addresses),
+        sources: machine.sources(addresses),
     };
     let slot = machine.attach_nic(nic, taps).await?;
     Ok(GuestInterface {

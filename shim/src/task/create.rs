@@ -237,6 +237,7 @@ impl Tasks {
                 cmdline,
                 disks: std::mem::take(&mut disks),
                 boot_timeout: config.boot_timeout(),
+                allow_foreign_sources: config.allow_foreign_sources,
             })
         };
         let machine = self.sandbox.boot(machine_spec, spec.hostname()?).await?;

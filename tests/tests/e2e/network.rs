@@ -196,18 +196,28 @@ fn the_host_and_other_containers_reach_a_container() {
     world.finish().unwrap();
 }
 
-/// Whoever takes another's address is heard by nobody.
+/// Whoever takes another's address is heard by nobody, unless the administrator wants it so.
 #[test]
 fn a_container_sends_from_its_own_addresses_only() {
     let world = world();
-    let script = format!(
-        "ping -c 1 -W 5 {host} >/dev/null && echo own; ip addr add 10.89.0.99/24 dev eth0; \
-         ping -c 1 -W 2 -I 10.89.0.99 {host} >/dev/null || echo other",
-        host = HOST[0],
-    );
-    let container = world.container(Runtime::Bulkhead, "busybox").unwrap();
-    let container = container.options(["--cni", "--cap-add", "CAP_NET_ADMIN"]);
-    let call = container.run(&["sh", "-c", &script]);
-    assert_eq!(call.output().unwrap().success().unwrap(), "own\nother\n");
+    let directory = tempfile::tempdir().unwrap();
+    let changes = [("allow_foreign_sources", "true")];
+    let allowing = world.configure(directory.path(), &changes).unwrap();
+    // Who is not heard waits in vain; who is waits for as long as a slow node takes.
+    let silent = "own\nno other address\nno other hardware\n";
+    let heard = "own\nother address\nother hardware\n";
+    for (options, patience, expected) in [(&[][..], 2, silent), (&allowing[..], 60, heard)] {
+        let script = format!(
+            "ping -c 1 -W 60 {host} >/dev/null && echo own; ip addr add 10.89.0.99/24 dev eth0; \
+             other() {{ ping -c 1 -W {patience} -I 10.89.0.99 {host} >/dev/null || echo -n 'no '; echo other $1; }}; \
+             other address; ip link set eth0 down; ip link set eth0 address 02:00:00:00:00:99; ip link set eth0 up; \
+             ip route add 10.89.0.0/24 dev eth0; other hardware",
+            host = HOST[0],
+        );
+        let container = world.container(Runtime::Bulkhead, "busybox").unwrap();
+        let container = container.options(["--cni", "--cap-add", "CAP_NET_ADMIN"]);
+        let call = container.options(options).run(&["sh", "-c", &script]);
+        assert_eq!(call.output().unwrap().success().unwrap(), expected);
+    }
     world.finish().unwrap();
 }
