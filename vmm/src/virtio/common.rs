@@ -114,9 +114,9 @@ impl Common {
         self.queue_select = 0;
     }
 
-    /// Whether no driver has begun to use the device since it was reset.
-    pub fn is_reset(&self) -> bool {
-        self.status == Status::default()
+    /// Whether a driver has begun to use the device since it was reset.
+    pub fn has_driver(&self) -> bool {
+        self.status.has_driver()
     }
 
     /// The features that driver and device have agreed upon.

@@ -73,6 +73,11 @@ impl Status {
         self.0
     }
 
+    /// Whether a driver drives the device. It may be known and have none: that is how Linux leaves it when its driver lets go.
+    pub fn has_driver(self) -> bool {
+        self.0 & DRIVER == DRIVER
+    }
+
     /// Whether the driver may write its features: after DRIVER, before FEATURES_OK.
     pub fn negotiates_features(self) -> bool {
         self.0 == DRIVER
@@ -117,5 +122,13 @@ mod tests {
             assert_eq!(Status(value).configures_queues(), value == 11);
             assert_eq!(Status(value).negotiates_features(), value == 3);
         }
+    }
+
+    #[test]
+    fn a_device_that_is_only_known_has_no_driver() {
+        for (value, expected) in [(0, false), (1, false), (0x81, false), (3, true), (15, true)] {
+            assert_eq!(Status(value).has_driver(), expected, "{value:#x}");
+        }
+        assert!(Status(15 | FAILED).has_driver());
     }
 }

@@ -290,7 +290,7 @@ impl Function for Transport {
 
     /// Between a driver's first step and its reset.
     fn is_in_use(&self) -> bool {
-        !self.lock_common().is_reset()
+        self.lock_common().has_driver()
     }
 
     fn removed(&self) {

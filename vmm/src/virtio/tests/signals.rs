@@ -75,6 +75,8 @@ fn interrupts_arrive_unless_they_are_masked_and_then_later() {
         "the guest uses the device in PCI slot 1; it must remove the device first"
     );
     driver.set_status(0);
+    // As Linux leaves a device that it has let go.
+    driver.set_status(1);
     machine.bus.detach(driver.slot).unwrap();
     // Gone, its routes can be had again.
     drop(driver);
