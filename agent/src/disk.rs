@@ -27,11 +27,8 @@ pub fn wait_for<T>(
     name: impl Fn() -> String,
     find: impl Fn(&Path) -> io::Result<Option<T>>,
 ) -> Result<T, Error> {
-    let device = PathBuf::from(format!("/sys/bus/pci/devices/0000:00:{slot:02x}.0"));
-    let find = || match child(&device, |name| name.starts_with("virtio"))? {
-        Some(virtio) => find(&virtio),
-        None => Ok(None),
-    };
+    let device = place(slot);
+    let find = || look_for(slot, &find);
     if let Some(found) = find().context(&name)? {
         return Ok(found);
     }
@@ -53,6 +50,35 @@ pub fn wait_for<T>(
         rustix::net::recv(&events, &mut [0u8; 4096], RecvFlags::empty())
             .context(|| format!("waiting for {}", name()))?;
     }
+}
+
+/// What `find` finds in the directory of the virtio device in a slot of bus 0, if it does now.
+pub fn look_for<T>(
+    slot: u8,
+    find: impl Fn(&Path) -> io::Result<Option<T>>,
+) -> io::Result<Option<T>> {
+    match child(&place(slot), |name| name.starts_with("virtio"))? {
+        Some(virtio) => find(&virtio),
+        None => Ok(None),
+    }
+}
+
+/// Whether the kernel knows a device in a slot of bus 0.
+pub fn is_known(slot: u8) -> bool {
+    place(slot).exists()
+}
+
+/// Has the kernel let a device go, if it knows one in that slot.
+pub fn let_go(slot: u8) -> io::Result<()> {
+    match fs::write(place(slot).join("remove"), "1") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+/// Where the kernel tells of the device in a slot of bus 0.
+fn place(slot: u8) -> PathBuf {
+    format!("/sys/bus/pci/devices/0000:00:{slot:02x}.0").into()
 }
 
 /// The node, as soon as the kernel has made the disk; a partition that the disk does not have is an error, because the

@@ -116,6 +116,11 @@ impl Message {
         u16::from_ne_bytes([self.0[4], self.0[5]])
     }
 
+    /// Sets its type.
+    pub fn set_kind(&mut self, kind: u16) {
+        self.0[4..6].copy_from_slice(&kind.to_ne_bytes());
+    }
+
     /// Sets what is asked for.
     pub fn set_flags(&mut self, flags: u16) {
         self.0[6..8].copy_from_slice(&flags.to_ne_bytes());
@@ -237,6 +242,11 @@ impl Socket {
             sequence: 0,
             buffer: vec![0; DATAGRAM],
         })
+    }
+
+    /// The name of the interface with this number, if there is one.
+    pub fn name_of(&self, index: u32) -> Option<String> {
+        rustix::net::netdevice::index_to_name(&self.descriptor, index).ok()
     }
 
     /// Asks for a change.

@@ -9,10 +9,9 @@ use rustix::io::Errno;
 use crate::disk;
 use crate::error::{Context, Error};
 use crate::netlink::{
-    self, Message, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, Socket, attributes,
-    number,
+    self, Message, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REPLACE, Socket, attributes, number,
 };
-use crate::protocol::sandbox::{Interface, SetNetworkRequest};
+use crate::protocol::sandbox::{ChangeNetworkRequest, Interface, SetNetworkRequest};
 
 // Types of messages (linux/rtnetlink.h).
 const RTM_NEWLINK: u16 = 16;
@@ -45,6 +44,9 @@ const NEXT_HOP: usize = 8;
 
 const AF_INET6: u16 = libc::AF_INET6 as u16;
 
+/// The host's number of an interface, and the guest's.
+pub type Numbers = (u32, u32);
+
 /// Makes the guest's network what the request says.
 ///
 /// # Errors
@@ -54,7 +56,7 @@ pub fn set(request: &SetNetworkRequest) -> Result<(), Error> {
     let indices: Vec<u32> = request
         .interfaces
         .iter()
-        .map(find)
+        .map(wait_for)
         .collect::<Result<_, _>>()?;
     apply(request, &indices)
 }
@@ -65,60 +67,151 @@ pub fn set(request: &SetNetworkRequest) -> Result<(), Error> {
 ///
 /// What the kernel refuses is named.
 pub fn apply(request: &SetNetworkRequest, indices: &[u32]) -> Result<(), Error> {
-    let mut socket = Socket::new().context(|| "setting the network up".into())?;
-    let known: Vec<(u32, u32)> = request
+    let interfaces: Vec<_> = request
         .interfaces
         .iter()
-        .map(|interface| interface.index)
         .zip(indices.iter().copied())
-        .chain([(LOOPBACK, LOOPBACK)])
         .collect();
-    // One may have the name that another one is to get.
-    if indices.len() > 1 {
-        for &index in indices {
-            let message = link(index, 0, 0).with_text(IFLA_IFNAME, &format!("renamed{index}"));
-            socket
-                .request(message)
-                .context(|| format!("renaming the network interface number {index}"))?;
+    let known: Vec<_> = numbers(&interfaces).chain([(LOOPBACK, LOOPBACK)]).collect();
+    tell(&mut new_socket()?, &interfaces, &request.messages, &known)
+}
+
+/// Carries a change of the host's network over.
+///
+/// # Errors
+///
+/// The first thing that cannot be done is named, and everything else is done.
+pub fn change(request: &ChangeNetworkRequest) -> Result<(), Error> {
+    let is_known = |interface: &&Interface| slot(interface).is_ok_and(disk::is_known);
+    let (old, fresh): (Vec<_>, Vec<_>) = request.changed.iter().partition(is_known);
+    // What is not there any more, a container has put elsewhere.
+    let look = |interface| Some((interface, look_for(interface).ok()?));
+    let gone: Vec<_> = request.gone.iter().filter_map(look).collect();
+    let kept: Vec<_> = request.kept.iter().filter_map(look).collect();
+    let mut changed: Vec<_> = old.into_iter().filter_map(look).collect();
+    let all = numbers(&gone)
+        .chain(numbers(&kept))
+        .chain(numbers(&changed));
+    let before: Vec<_> = all.chain([(LOOPBACK, LOOPBACK)]).collect();
+    let mut result = retract(&request.removed, &before);
+    for interface in &request.gone {
+        let name = || format!("letting the network interface {:?} go", interface.name);
+        let gone = slot(interface).and_then(|slot| disk::let_go(slot).context(name));
+        result = result.and(gone);
+    }
+    for interface in fresh {
+        match wait_for(interface) {
+            Ok(index) => changed.push((interface, index)),
+            Err(error) => result = result.and(Err(error)),
         }
     }
-    for (interface, &index) in request.interfaces.iter().zip(indices) {
-        set_link(&mut socket, interface, index)
-            .context(|| format!("setting the network interface {:?} up", interface.name))?;
+    let all = numbers(&kept).chain(numbers(&changed));
+    let after: Vec<_> = all.chain([(LOOPBACK, LOOPBACK)]).collect();
+    let mut socket = new_socket()?;
+    result.and(tell(&mut socket, &changed, &request.messages, &after))
+}
+
+fn numbers(interfaces: &[(&Interface, u32)]) -> impl Iterator<Item = Numbers> {
+    interfaces
+        .iter()
+        .map(|(interface, index)| (interface.index, *index))
+}
+
+fn new_socket() -> Result<Socket, Error> {
+    Socket::new().context(|| "setting the network up".into())
+}
+
+/// Sets interfaces up, and adds what the host's kernel says of them. All of it is tried.
+fn tell(
+    socket: &mut Socket,
+    interfaces: &[(&Interface, u32)],
+    messages: &[Vec<u8>],
+    known: &[Numbers],
+) -> Result<(), Error> {
+    let mut result = Ok(());
+    // One may have the name that another one is to get.
+    if interfaces.len() > 1 {
+        for &(interface, index) in interfaces {
+            if socket.name_of(index).as_ref() != Some(&interface.name) {
+                let message = link(index, 0, 0).with_text(IFLA_IFNAME, &format!("renamed{index}"));
+                let renamed = socket.request(message);
+                result = result.and(
+                    renamed.context(|| format!("renaming the network interface number {index}")),
+                );
+            }
+        }
+    }
+    for &(interface, index) in interfaces {
+        let set = set_link(socket, interface, index);
+        result = result
+            .and(set.context(|| format!("setting the network interface {:?} up", interface.name)));
     }
     let mut routes = Vec::new();
-    for bytes in &request.messages {
-        let mut message = Message::from_bytes(bytes.clone()).map_err(invalid)?;
-        renumber(&mut message, &known)?;
-        if message.kind() == RTM_NEWROUTE {
-            routes.push(message);
-            continue;
+    for bytes in messages {
+        match for_guest(bytes, known) {
+            Ok(route) if route.kind() == RTM_NEWROUTE => routes.push(route),
+            Ok(message) => {
+                let what = describe(&message);
+                let added = unless_exists(socket.request(message));
+                result = result.and(added.context(|| format!("adding {what}")));
+            }
+            Err(error) => result = result.and(Err(error)),
         }
-        let what = describe(&message);
-        unless_exists(socket.request(message)).context(|| format!("adding {what}"))?;
     }
-    add_routes(&mut socket, routes)
+    result.and(add_routes(socket, routes))
+}
+
+/// Removes what was added, from the network of the calling thread's namespace, whose interfaces have numbers of their own. What is
+/// not there any more is as good as removed.
+///
+/// # Errors
+///
+/// The first thing that the kernel refuses is named, and everything else is done.
+pub fn retract(messages: &[Vec<u8>], known: &[Numbers]) -> Result<(), Error> {
+    let mut socket = new_socket()?;
+    let mut result = Ok(());
+    for bytes in messages {
+        let removed = for_guest(bytes, known).and_then(|mut message| {
+            let what = describe(&message);
+            // Each type that deletes follows the one that adds.
+            message.set_kind(message.kind() + 1);
+            message.set_flags(0);
+            unless_gone(socket.request(message)).context(|| format!("removing {what}"))
+        });
+        result = result.and(removed);
+    }
+    result
+}
+
+/// The slot that a request names.
+fn slot(interface: &Interface) -> Result<u8, Error> {
+    let slot = u8::try_from(interface.slot).ok().filter(|&slot| slot < 32);
+    slot.ok_or_else(|| invalid(format!("no PCI slot {}", interface.slot)))
 }
 
 /// The guest's number of an interface, once its driver is ready.
-fn find(interface: &Interface) -> Result<u32, Error> {
+fn wait_for(interface: &Interface) -> Result<u32, Error> {
     let name = || format!("the network interface {:?}", interface.name);
-    let slot = u8::try_from(interface.slot).ok().filter(|&slot| slot < 32);
-    let slot = slot.ok_or_else(|| invalid(format!("no PCI slot {}", interface.slot)))?;
-    disk::wait_for(slot, name, |virtio| {
-        match disk::child(&virtio.join("net"), |_| true)? {
-            Some(net) => read_index(&net).map(Some),
-            None => Ok(None),
-        }
-    })
+    disk::wait_for(slot(interface)?, name, read_index)
 }
 
-fn read_index(net: &Path) -> io::Result<u32> {
+/// The guest's number of an interface that was there before.
+fn look_for(interface: &Interface) -> Result<u32, Error> {
+    let name = || format!("the network interface {:?}", interface.name);
+    let found = disk::look_for(slot(interface)?, read_index).context(name)?;
+    found.ok_or_else(|| Error::NotFound(format!("{}: it is not there any more", name())))
+}
+
+/// The number of a virtio device's interface.
+fn read_index(virtio: &Path) -> io::Result<Option<u32>> {
+    let Some(net) = disk::child(&virtio.join("net"), |_| true)? else {
+        return Ok(None);
+    };
     let text = fs::read_to_string(net.join("ifindex"))?;
-    text.trim().parse().map_err(io::Error::other)
+    text.trim().parse().map(Some).map_err(io::Error::other)
 }
 
-/// Names an interface, sets it up and switches it on. Its addresses are those that it is given, and no others.
+/// Names an interface, sets it up and switches it on or off. Its addresses are those that it is given, and no others.
 fn set_link(socket: &mut Socket, interface: &Interface, index: u32) -> Result<(), netlink::Error> {
     let (up, no_arp) = (libc::IFF_UP as u32, libc::IFF_NOARP as u32);
     let flags = if interface.arp { 0 } else { no_arp };
@@ -131,10 +224,7 @@ fn set_link(socket: &mut Socket, interface: &Interface, index: u32) -> Result<()
             })
         });
     socket.request(message)?;
-    if interface.up {
-        socket.request(link(index, up, up))?;
-    }
-    Ok(())
+    socket.request(link(index, if interface.up { up } else { 0 }, up))
 }
 
 /// A change of an interface: its number (`struct ifinfomsg`), and those of its flags that `mask` has.
@@ -146,8 +236,9 @@ fn link(index: u32, flags: u32, mask: u32) -> Message {
     Message::new(RTM_NEWLINK, 0, &body)
 }
 
-/// Makes a message one for the guest's kernel: with the guest's numbers of interfaces, and what is to be done.
-fn renumber(message: &mut Message, indices: &[(u32, u32)]) -> Result<(), Error> {
+/// What the host's kernel says, as one says it to the guest's: with the guest's numbers of interfaces, and what is to be done.
+fn for_guest(bytes: &[u8], indices: &[Numbers]) -> Result<Message, Error> {
+    let mut message = Message::from_bytes(bytes.to_vec()).map_err(invalid)?;
     let kind = message.kind();
     let body = message.body_mut();
     match kind {
@@ -169,15 +260,15 @@ fn renumber(message: &mut Message, indices: &[(u32, u32)]) -> Result<(), Error> 
         kind => return Err(invalid(format!("a message of type {kind}"))),
     }
     message.set_flags(match kind {
-        RTM_NEWNEIGH => NLM_F_CREATE | NLM_F_REPLACE,
         // Beside others to the same destination, which differ in something else.
         RTM_NEWROUTE => NLM_F_CREATE | NLM_F_APPEND,
-        _ => NLM_F_CREATE | NLM_F_EXCL,
+        // An address that is there already may get a longer life.
+        _ => NLM_F_CREATE | NLM_F_REPLACE,
     });
-    Ok(())
+    Ok(message)
 }
 
-fn replace_hops(mut hops: &mut [u8], indices: &[(u32, u32)]) -> Result<(), Error> {
+fn replace_hops(mut hops: &mut [u8], indices: &[Numbers]) -> Result<(), Error> {
     while hops.len() >= NEXT_HOP {
         let length = usize::from(u16::from_ne_bytes([hops[0], hops[1]])).max(NEXT_HOP);
         replace(hops, NEXT_HOP_INDEX, indices)?;
@@ -189,7 +280,7 @@ fn replace_hops(mut hops: &mut [u8], indices: &[(u32, u32)]) -> Result<(), Error
 }
 
 /// Puts the guest's number of an interface in place of the host's.
-fn replace(bytes: &mut [u8], offset: usize, indices: &[(u32, u32)]) -> Result<(), Error> {
+fn replace(bytes: &mut [u8], offset: usize, indices: &[Numbers]) -> Result<(), Error> {
     let host = number(bytes, offset).ok_or_else(|| invalid("a message that is cut off"))?;
     let guest = indices.iter().find(|(known, _)| *known == host);
     let (_, guest) = guest.ok_or_else(|| invalid(format!("no interface has the number {host}")))?;
@@ -222,6 +313,20 @@ fn add_routes(socket: &mut Socket, mut routes: Vec<Message>) -> Result<(), Error
 fn unless_exists(result: Result<(), netlink::Error>) -> Result<(), netlink::Error> {
     match result {
         Err(error) if error.errno() == Some(Errno::EXIST) => Ok(()),
+        result => result,
+    }
+}
+
+fn unless_gone(result: Result<(), netlink::Error>) -> Result<(), netlink::Error> {
+    let gone = [
+        Errno::SRCH,
+        Errno::NOENT,
+        Errno::ADDRNOTAVAIL,
+        Errno::NODEV,
+        Errno::NETUNREACH,
+    ];
+    match result {
+        Err(error) if error.errno().is_some_and(|errno| gone.contains(&errno)) => Ok(()),
         result => result,
     }
 }

@@ -13,8 +13,8 @@ use crate::agent::Agent;
 use crate::child::outside;
 use crate::error::{Context, Error};
 use crate::protocol::sandbox::{
-    NextOomRequest, NextOomResponse, SetNetworkRequest, SetNetworkResponse, SetRequest,
-    SetResponse, SetupRequest, SetupResponse,
+    ChangeNetworkRequest, ChangeNetworkResponse, NextOomRequest, NextOomResponse,
+    SetNetworkRequest, SetNetworkResponse, SetRequest, SetResponse, SetupRequest, SetupResponse,
 };
 use crate::protocol::sandbox_ttrpc::Sandbox;
 use crate::{disk, network, plan, sys};
@@ -86,6 +86,15 @@ impl Sandbox for SandboxService {
     ) -> ttrpc::Result<SetNetworkResponse> {
         network::set(&request)?;
         Ok(SetNetworkResponse::new())
+    }
+
+    async fn change_network(
+        &self,
+        _: &TtrpcContext,
+        request: ChangeNetworkRequest,
+    ) -> ttrpc::Result<ChangeNetworkResponse> {
+        network::change(&request)?;
+        Ok(ChangeNetworkResponse::new())
     }
 
     async fn set(&self, _: &TtrpcContext, request: SetRequest) -> ttrpc::Result<SetResponse> {

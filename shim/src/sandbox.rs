@@ -20,7 +20,7 @@ use ttrpc::asynchronous::Client;
 use crate::disk::DiskFiles;
 use crate::error::Error;
 use crate::machine::{Agent, Machine, MachineSpec, Reason};
-use crate::network;
+use crate::network::{self, Follower};
 use crate::streams::{Ends, Names, Streams};
 
 /// Random bytes for the guest's entropy pool: what its kernel needs to be ready at once.
@@ -84,12 +84,22 @@ impl Sandbox {
     }
 
     /// Gives the guest what a network namespace holds, unless it has a network already. `bundle` is that of the shim's first task.
-    pub async fn connect(&self, namespace: OwnedFd, bundle: PathBuf) -> Result<(), Error> {
+    /// Returns who is to tell the guest of changes, once.
+    pub async fn connect(
+        &self,
+        namespace: OwnedFd,
+        bundle: PathBuf,
+    ) -> Result<Option<Follower>, Error> {
         // The name that the namespace was found by, if it has one that lasts.
         let path = std::fs::read_link(format!("/proc/self/fd/{}", namespace.as_raw_fd()));
         let path = path.ok().filter(|path| path.is_absolute());
-        let bring = || network::bring(self, namespace, path, bundle);
-        self.connected.get_or_try_init(bring).await.map(drop)
+        let mut follower = None;
+        let bring = async {
+            follower = Some(network::bring(self, namespace, path, bundle).await?);
+            Ok::<_, Error>(())
+        };
+        self.connected.get_or_try_init(|| bring).await?;
+        Ok(follower)
     }
 
     /// The machine, running or not, if one ever was ready for containers.

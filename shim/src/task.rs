@@ -22,6 +22,7 @@ use containerd_shim_protos::api::{
 };
 use protobuf::MessageField;
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 
 pub use service::services;
 
@@ -50,6 +51,8 @@ pub struct Tasks {
     sandbox: Sandbox,
     affinity: Affinity,
     home: Mutex<Home>,
+    /// Who tells the guest of changes of its network.
+    following: Mutex<Option<JoinHandle<()>>>,
     table: Mutex<Table>,
     /// Where the host's processes that stand for the guest's get their signals.
     mailbox: Arc<Mailbox>,
@@ -134,6 +137,7 @@ impl Tasks {
                 socket,
                 stay: None,
             }),
+            following: Mutex::default(),
             table: Mutex::default(),
             mailbox: Arc::new(mailbox),
             created: Notify::new(),
@@ -345,7 +349,7 @@ impl Tasks {
         if settled.await.is_err() {
             log::warn!("a container is still being created after {CREATE_PATIENCE:?}");
         }
-        self.disconnect_network();
+        self.disconnect_network().await;
         self.machine_ended();
         let mut home = self.home.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(Err(error)) = home.stay.take().map(cgroup::Stay::leave) {

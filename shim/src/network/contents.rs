@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use bulkhead_agent::netlink::{Message, Socket, attribute, attributes, number, text};
 
-use super::{Error, Interface, TAP_PREFIX};
+use super::{Error, Hook, Interface, TAP_PREFIX};
 
 // Types of messages (linux/rtnetlink.h).
 const RTM_GETLINK: u16 = 18;
@@ -84,8 +84,10 @@ const AF_INET6: u8 = libc::AF_INET6 as u8;
 #[derive(Debug)]
 pub struct Contents {
     pub interfaces: Vec<Interface>,
-    /// Addresses, neighbours and routes.
-    pub messages: Vec<Message>,
+    /// Why others that take part in the network are not among them.
+    pub refused: Vec<Error>,
+    /// All addresses, neighbours and routes.
+    said: Vec<Message>,
     /// The interfaces that have an ingress queueing discipline.
     pub qdiscs: Vec<u32>,
 }
@@ -99,44 +101,50 @@ impl Contents {
                 .map_err(|source| Error::Read { what, source })
         };
         let links = dump("the interfaces", RTM_GETLINK, IFINFOMSG)?;
-        let addresses = dump("the addresses", RTM_GETADDR, IFADDRMSG)?;
-        let mut interfaces = Vec::new();
+        let mut said = dump("the addresses", RTM_GETADDR, IFADDRMSG)?;
+        let (mut interfaces, mut refused) = (Vec::new(), Vec::new());
         for link in &links {
-            interfaces.extend(interface(link.body(), &addresses)?);
-        }
-        if interfaces.is_empty() {
-            return Ok(Self {
-                interfaces,
-                messages: Vec::new(),
-                qdiscs: Vec::new(),
-            });
-        }
-        let known = |index: u32| {
-            index == LOOPBACK || interfaces.iter().any(|interface| interface.index == index)
-        };
-        let mut messages = Vec::new();
-        for message in addresses {
-            messages.extend(address_for_guest(message).filter(|message| known(index(message))));
-        }
-        for message in dump("the neighbours", RTM_GETNEIGH, NDMSG)? {
-            if is_permanent(&message) && known(index(&message)) {
-                messages.push(message);
+            match interface(link.body(), &said) {
+                Ok(found) => interfaces.extend(found),
+                Err(error @ Error::Kind { .. }) => refused.push(error),
+                Err(error) => return Err(error),
             }
         }
-        for message in dump("the routes", RTM_GETROUTE, RTMSG)? {
-            messages.extend(route_for_guest(&message, known));
+        let mut qdiscs = Vec::new();
+        if !interfaces.is_empty() {
+            said.extend(dump("the neighbours", RTM_GETNEIGH, NDMSG)?);
+            said.extend(dump("the routes", RTM_GETROUTE, RTMSG)?);
+            let all = dump("the queueing disciplines", RTM_GETQDISC, TCMSG)?;
+            let is_ingress = |message: &&Message| number(message.body(), 12) == Some(TC_H_INGRESS);
+            qdiscs.extend(all.iter().filter(is_ingress).map(index));
         }
-        let qdiscs = dump("the queueing disciplines", RTM_GETQDISC, TCMSG)?;
-        let qdiscs = qdiscs
-            .iter()
-            .filter(|message| number(message.body(), 12) == Some(TC_H_INGRESS))
-            .map(index);
-        let qdiscs = qdiscs.collect();
         Ok(Self {
             interfaces,
-            messages,
+            refused,
+            said,
             qdiscs,
         })
+    }
+
+    /// What a guest that has certain interfaces is to be told: addresses, neighbours and routes.
+    pub fn messages(&self, has: impl Fn(u32) -> bool) -> Vec<Message> {
+        let known = |index: u32| index == LOOPBACK || has(index);
+        let of_known = |message: &Message| known(index(message));
+        let for_guest = |message: &Message| match message.kind() {
+            RTM_NEWADDR => address_for_guest(message.clone()).filter(of_known),
+            RTM_NEWNEIGH => Some(message.clone()).filter(|m| is_permanent(m) && of_known(m)),
+            _ => route_for_guest(message, known),
+        };
+        self.said.iter().filter_map(for_guest).collect()
+    }
+
+    /// What will be changed at one of the interfaces.
+    pub fn hook(&self, interface: &Interface) -> Hook {
+        Hook {
+            index: interface.index,
+            had_qdisc: self.qdiscs.contains(&interface.index),
+            queue_length: interface.queue_length,
+        }
     }
 }
 
@@ -190,6 +198,7 @@ fn interface(body: &[u8], addresses: &[Message]) -> Result<Option<Interface>, Er
         mtu: mtu.ok_or(Error::Description("an interface's MTU"))?,
         queue_length: queue_length.ok_or(Error::Description("an interface's queue"))?,
         up,
+        carrier: !up || flags & libc::IFF_LOWER_UP as u32 != 0,
         arp: flags & libc::IFF_NOARP as u32 == 0,
         addresses: own,
         taps: Vec::new(),

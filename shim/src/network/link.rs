@@ -3,15 +3,20 @@
 use std::fs::OpenOptions;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use bulkhead_agent::netlink::{Message, Socket};
+use bulkhead_agent::netlink::{self, Message, Socket};
 use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN_EXCL, IFF_VNET_HDR, ifreq};
 use nix::errno::Errno;
 
 use super::{Error, Interface, TAP_PREFIX};
 
 const RTM_NEWLINK: u16 = 16;
+const RTM_DELLINK: u16 = 17;
+
+/// Length of the structure of a message about an interface, `ifinfomsg`.
+const IFINFOMSG: usize = 16;
 
 // Attributes of an interface (linux/if_link.h).
+const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFLA_AF_SPEC: u16 = 26;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
@@ -20,7 +25,7 @@ const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 
 /// Makes a tap with `pairs` queues, as long in its packets as the interface, gives the interface its queues, and returns its number.
 pub fn add_tap(socket: &mut Socket, interface: &mut Interface, pairs: u16) -> Result<u32, Error> {
-    let tap = format!("{TAP_PREFIX}{}", interface.index);
+    let tap = name(interface.index);
     let failed = |operation| {
         let name = interface.name.clone();
         move |source| Error::Tap {
@@ -50,7 +55,7 @@ pub fn add_tap(socket: &mut Socket, interface: &mut Interface, pairs: u16) -> Re
     let index = nix::net::if_::if_nametoindex(tap.as_str()).map_err(failed("if_nametoindex"))?;
     // It is a piece of wire: nobody speaks through it for itself.
     let up = libc::IFF_UP as u32;
-    let mut body = [0; 16];
+    let mut body = [0; IFINFOMSG];
     body[4..8].copy_from_slice(&index.to_ne_bytes());
     body[8..12].copy_from_slice(&up.to_ne_bytes());
     body[12..].copy_from_slice(&up.to_ne_bytes());
@@ -68,6 +73,29 @@ pub fn add_tap(socket: &mut Socket, interface: &mut Interface, pairs: u16) -> Re
     })?;
     interface.taps = taps;
     Ok(index)
+}
+
+/// Lets packets that are as long as the interface's through the tap beside it.
+pub fn set_mtu(socket: &mut Socket, interface: &Interface) -> Result<(), Error> {
+    let message = Message::new(RTM_NEWLINK, 0, &[0; IFINFOMSG])
+        .with_text(IFLA_IFNAME, &name(interface.index))
+        .with(IFLA_MTU, &interface.mtu.to_ne_bytes());
+    socket.request(message).map_err(|source| Error::Interface {
+        name: interface.name.clone(),
+        operation: "set the MTU of the tap beside it",
+        source,
+    })
+}
+
+/// Takes the tap beside an interface away, though it may be open.
+pub fn remove_tap(socket: &mut Socket, index: u32) -> Result<(), netlink::Error> {
+    let message = Message::new(RTM_DELLINK, 0, &[0; IFINFOMSG]);
+    socket.request(message.with_text(IFLA_IFNAME, &name(index)))
+}
+
+/// What the tap beside an interface is called.
+fn name(index: u32) -> String {
+    format!("{TAP_PREFIX}{index}")
 }
 
 /// Opens a queue of a tap, which is made if there is none of that name.

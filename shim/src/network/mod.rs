@@ -8,11 +8,15 @@
 //! filter at the interface: these are written down before they are made, and [`disconnect`] takes them away.
 
 mod contents;
+mod difference;
+mod follower;
 mod guest;
 mod link;
 mod redirect;
+mod subscription;
 #[cfg(test)]
 mod tests;
+mod wiring;
 
 use std::fs::File;
 use std::io;
@@ -27,9 +31,11 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
+pub use self::follower::Follower;
 pub use self::guest::bring;
 
 use self::contents::Contents;
+use self::wiring::Wiring;
 use crate::state::write_atomically;
 
 /// The file's name in the bundle of the shim's first task.
@@ -49,6 +55,8 @@ pub enum Error {
     },
     #[error("cannot enter the pod's network namespace: {0}")]
     Enter(io::Error),
+    #[error("cannot follow the changes in the pod's network namespace: {0}")]
+    Follow(io::Error),
     #[error("cannot read {what} in the pod's network namespace: {source}")]
     Read {
         what: &'static str,
@@ -86,6 +94,8 @@ pub struct Network {
     pub interfaces: Vec<Interface>,
     /// Addresses, neighbours and routes.
     pub messages: Vec<Message>,
+    /// Where the kernel tells of changes since it was looked at.
+    pub changes: OwnedFd,
 }
 
 /// One of its interfaces.
@@ -99,6 +109,8 @@ pub struct Interface {
     /// How many packets the host may queue at it.
     pub queue_length: u32,
     pub up: bool,
+    /// Nothing is known of a broken link.
+    pub carrier: bool,
     pub arp: bool,
     pub addresses: Vec<IpAddr>,
     /// The queues of the tap beside it.
@@ -144,47 +156,41 @@ impl Trace {
     }
 }
 
-/// Puts a tap with `pairs` queues beside each interface of a network namespace. `path` is its name, if it has one; what is to be taken
-/// away by [`disconnect`] is written into the bundle.
+/// Puts a tap beside each interface of a network namespace.
 ///
 /// # Errors
 ///
 /// An interface is of a kind that cannot go into a guest, or the kernel refuses. Then nothing is left of it.
-pub async fn connect(
-    namespace: OwnedFd,
-    path: Option<PathBuf>,
-    bundle: PathBuf,
-    pairs: u16,
-) -> Result<Network, Error> {
+async fn connect(namespace: OwnedFd, wiring: Wiring) -> Result<Network, Error> {
     in_namespace(namespace, move || {
+        // What changes from here on is seen now, or told.
+        let changes = subscription::open().map_err(Error::Follow)?;
         let mut socket = new_socket()?;
-        let contents = Contents::read(&mut socket)?;
-        let Contents {
-            mut interfaces,
-            messages,
-            qdiscs,
-        } = contents;
-        let hooks = interfaces.iter().map(|interface| Hook {
-            index: interface.index,
-            had_qdisc: qdiscs.contains(&interface.index),
-            queue_length: interface.queue_length,
-        });
+        let mut contents = Contents::read(&mut socket)?;
+        if let Some(error) = contents.refused.pop() {
+            return Err(error);
+        }
+        let has = |index| contents.interfaces.iter().any(|i| i.index == index);
+        let messages = contents.messages(has);
+        let hooks = contents.interfaces.iter().map(|i| contents.hook(i));
         let trace = Trace {
-            namespace: path,
+            namespace: wiring.path,
             hooks: hooks.collect(),
         };
+        let mut interfaces = contents.interfaces;
         if trace.hooks.is_empty() {
             return Ok(Network {
                 interfaces,
                 messages,
+                changes,
             });
         }
         // Who has all taps is alone at these interfaces: only then anything is written down that will be taken away.
         let taps = interfaces
             .iter_mut()
-            .map(|interface| link::add_tap(&mut socket, interface, pairs))
+            .map(|interface| link::add_tap(&mut socket, interface, wiring.pairs))
             .collect::<Result<Vec<_>, _>>()?;
-        trace.write(&bundle)?;
+        trace.write(&wiring.bundle)?;
         for ((interface, hook), tap) in interfaces.iter().zip(&trace.hooks).zip(taps) {
             if let Err(error) = redirect::join(&mut socket, interface, tap, hook.had_qdisc) {
                 remove(&mut socket, &trace);
@@ -194,12 +200,13 @@ pub async fn connect(
         Ok(Network {
             interfaces,
             messages,
+            changes,
         })
     })
     .await
 }
 
-/// Takes away what [`connect`] has left at the interfaces of a bundle's pod. What is not there any more is as good as taken away.
+/// Takes away what is left at the interfaces of a bundle's pod. What is not there any more is as good as taken away.
 ///
 /// # Errors
 ///

@@ -15,6 +15,8 @@ use nix::sys::socket::{
 
 use super::*;
 
+mod changes;
+
 const NEW: u16 = NLM_F_CREATE | NLM_F_EXCL;
 const UP: u32 = libc::IFF_UP as u32;
 /// Length of the header before each frame of a tap, as the kernel has it at first.
@@ -227,7 +229,7 @@ fn one_kernel_says_what_another_one_said() {
     assert!(own.addresses.contains(&"10.1.0.2".parse().unwrap()));
     assert_eq!(own.addresses.len(), 4, "{:?}", own.addresses);
     assert!(contents.qdiscs.is_empty());
-    let request = request(&contents.interfaces, &contents.messages);
+    let request = request(&contents.interfaces, &all_messages(&contents));
 
     // Interfaces in another order, two of which have each other's name; and the same numbers, so that the messages are.
     let mut guest = new_namespace();
@@ -239,7 +241,7 @@ fn one_kernel_says_what_another_one_said() {
     let names: Vec<_> = copied.interfaces.iter().map(|i| i.name.as_str()).collect();
     assert_eq!(names, ["out0", "eth0", "out1", "net1"]);
     assert_eq!(copied.interfaces[1].mtu, 1400);
-    let (first, second) = (said(&contents.messages), said(&copied.messages));
+    let (first, second) = (said(&all_messages(&contents)), said(&all_messages(&copied)));
     let without = |these: &[String], those: &[String]| -> Vec<String> {
         let missing = these.iter().filter(|this| !those.contains(this));
         missing.cloned().collect()
@@ -274,7 +276,7 @@ fn a_refusal_names_what_was_refused() {
             "{words:?} is not in {error}"
         );
     };
-    refused(&[], &contents.messages, "no interface has the number");
+    refused(&[], &all_messages(&contents), "no interface has the number");
     let route = Message::new(24, 0, &[2, 12, 0, 0, 254, 4, 0, 1, 0, 0, 0, 0]);
     let route = route
         .with(1, &[172, 16, 0, 0])
@@ -320,11 +322,24 @@ fn frame(seed: u8) -> Vec<u8> {
     .concat()
 }
 
+/// What a guest that has all interfaces is told.
+fn all_messages(contents: &Contents) -> Vec<Message> {
+    contents.messages(|index| contents.interfaces.iter().any(|i| i.index == index))
+}
+
 fn connect_here(path: Option<PathBuf>, bundle: &Path, pairs: u16) -> Result<Network, Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .unwrap();
-    runtime.block_on(connect(here(), path, bundle.to_owned(), pairs))
+    runtime.block_on(connect(here(), wiring(path, bundle, pairs)))
+}
+
+fn wiring(path: Option<PathBuf>, bundle: &Path, pairs: u16) -> Wiring {
+    Wiring {
+        path,
+        bundle: bundle.to_owned(),
+        pairs,
+    }
 }
 
 fn own_path() -> PathBuf {

@@ -2,7 +2,9 @@
 //! between Create and Start.
 
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+use tokio::task::JoinHandle;
 
 use super::Tasks;
 use crate::annotations::Kind;
@@ -13,7 +15,7 @@ use crate::process::Phase;
 impl Tasks {
     /// Gives the guest what the network namespace of a container holds that is about to start, unless it is one of several in a pod,
     /// or something has started before.
-    pub(super) async fn connect_network(&self, id: &str) -> Result<(), Error> {
+    pub(super) async fn connect_network(self: &Arc<Self>, id: &str) -> Result<(), Error> {
         let found = self.with(id, |container| {
             let first = container.init.phase == Phase::Created && container.kind != Kind::Member;
             Ok(first.then(|| Arc::clone(&container.network)))
@@ -22,14 +24,30 @@ impl Tasks {
             return Ok(());
         };
         let namespace = namespace.try_clone().map_err(Error::StandIn)?;
-        self.sandbox.connect(namespace, self.home()).await
+        if let Some(follower) = self.sandbox.connect(namespace, self.home()).await? {
+            let tasks = Arc::clone(self);
+            let following = tokio::spawn(async move { follower.run(&tasks.sandbox).await });
+            *self.following() = Some(following);
+        }
+        Ok(())
     }
 
-    /// Takes away what is left of the network on the host.
-    pub(super) fn disconnect_network(&self) {
+    /// Takes away what is left of the network on the host. The machine has ended.
+    pub(super) async fn disconnect_network(&self) {
+        let following = self.following().take();
+        if let Some(following) = following {
+            // It ends with the machine. If it has failed, there is nothing to wait for.
+            let _ = following.await;
+        }
         if let Err(error) = network::disconnect(&self.home()) {
             log::warn!("something of the network stays: {error}");
         }
+    }
+
+    fn following(&self) -> MutexGuard<'_, Option<JoinHandle<()>>> {
+        self.following
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The bundle of the shim's first task.

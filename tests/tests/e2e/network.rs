@@ -12,6 +12,7 @@ use bulkhead_tests::cni::{self, Pod};
 use bulkhead_tests::ctr::{Running, Runtime, World};
 use bulkhead_tests::process;
 
+mod changes;
 mod kinds;
 mod names;
 mod plugins;
@@ -219,5 +220,6 @@ fn a_container_sends_from_its_own_addresses_only() {
         let call = container.options(options).run(&["sh", "-c", &script]);
         assert_eq!(call.output().unwrap().success().unwrap(), expected);
     }
+    drop(directory);
     world.finish().unwrap();
 }

@@ -11,8 +11,8 @@ use rustix::process::{Pid, Signal};
 use super::start_in;
 use super::traffic::bridge;
 
-const VMM: &str = "bulkhead-vmm";
-const SHIM: &str = "containerd-shim-bulkhead-v2";
+pub const VMM: &str = "bulkhead-vmm";
+pub const SHIM: &str = "containerd-shim-bulkhead-v2";
 
 /// All that is in the namespace, but for what only counts.
 fn describe(pod: &Pod) -> String {
@@ -60,7 +60,7 @@ fn killed_in_the_middle(world: &World, pod: &Pod) {
     world.settle().unwrap();
 }
 
-fn only(program: &str) -> Pid {
+pub fn only(program: &str) -> Pid {
     let processes = process::named(program).unwrap();
     assert_eq!(processes.len(), 1, "{program}");
     processes[0]
