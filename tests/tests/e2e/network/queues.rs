@@ -69,7 +69,7 @@ fn each_processor_has_queues_of_its_own() {
     let world = World::new().unwrap();
     let host = Host::with(PROCESSORS);
     let mut pod = Pod::new().unwrap();
-    pod.attach("eth0", "queues", &[bridge("queues0", 81, 1500)])
+    pod.attach("eth0", "queues", &[bridge("queues0", 74, 1500)])
         .unwrap();
     let options = ["--cpus".to_owned(), PROCESSORS.to_string()];
     let container = start_in(&world, Runtime::Bulkhead, &pod, &options);
@@ -77,7 +77,7 @@ fn each_processor_has_queues_of_its_own() {
     let queues = exec(&container, "echo $(ls /sys/class/net/eth0/queues)");
     assert_eq!(queues, "rx-0 rx-1 tx-0 tx-1\n");
 
-    let listener = TcpListener::bind("10.81.0.1:7030").unwrap();
+    let listener = TcpListener::bind("10.74.0.1:7030").unwrap();
     let count = PROCESSORS * CONNECTIONS;
     let served = each_of(&listener, count, |mut stream, _| {
         stream.write_all(&[1; LENGTH]).unwrap();
@@ -89,7 +89,7 @@ fn each_processor_has_queues_of_its_own() {
     // A processor sends by its own queues.
     let script = format!(
         "for cpu in 1 2; do n=0; while [ $n -lt {CONNECTIONS} ]; do \
-         head -c {LENGTH} /dev/zero | taskset $cpu nc 10.81.0.1 7030 | wc -c; n=$((n + 1)); done; done | sort | uniq -c"
+         head -c {LENGTH} /dev/zero | taskset $cpu nc 10.74.0.1 7030 | wc -c; n=$((n + 1)); done; done | sort | uniq -c"
     );
     let said = exec(&container, &script);
     let words: Vec<_> = said.split_whitespace().collect();
