@@ -3,20 +3,24 @@
 //! The parts that the shim has no business with (the seccomp filter is most of the text) are never parsed here and go on as they came, fields
 //! that this version does not know included: it is the agent that carries them out or refuses them.
 
+mod resources;
+
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use bulkhead_agent::protocol::namespace_of;
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Root};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use serde_json::value::{RawValue, to_raw_value};
 
-use crate::backing::{self, Backing, Number};
+use crate::backing::{self, Backing};
 use crate::hooks::{Hooks, Stage, Subject};
 use crate::rootfs::binds::Bind;
+
+use resources::guest_resources;
+pub use resources::{resources, resources_for_guest};
 
 /// Why a container's specification cannot be carried out.
 #[derive(Debug, thiserror::Error)]
@@ -50,21 +54,6 @@ pub struct Spec<'a> {
 
 /// Fields of a process that name objects of the host's security modules: they confine it against the host's kernel, which it never meets.
 const HOST_LABELS: [&str; 2] = ["apparmorProfile", "selinuxLabel"];
-
-/// Fields of `linux.resources.blockIO` that limit devices of the host.
-const DEVICE_LIMITS: [&str; 5] = [
-    "weightDevice",
-    "throttleReadBpsDevice",
-    "throttleWriteBpsDevice",
-    "throttleReadIOPSDevice",
-    "throttleWriteIOPSDevice",
-];
-
-/// Files of `linux.resources.unified` whose lines begin with the number of a device.
-const PER_DEVICE: [&str; 3] = ["io.bfq.weight", "io.latency", "io.max"];
-
-/// Fields of `linux.resources.cpu` that the machine's affinity takes care of.
-const HOST_NUMBERS: [&str; 2] = ["cpus", "mems"];
 
 impl<'a> Spec<'a> {
     /// Reads the text of a `config.json`.
@@ -216,94 +205,9 @@ impl<'a> Spec<'a> {
     }
 }
 
-/// A limit of one device.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct DeviceLimit {
-    major: i64,
-    minor: i64,
-    /// What the limit is.
-    #[serde(flatten)]
-    limit: BTreeMap<String, Value>,
-}
-
 /// The text of an exec's process for the guest.
 pub fn process_for_guest(json: &[u8]) -> Result<Vec<u8>, Error> {
     serde_json::to_vec(&unlabelled(json)?).map_err(json_error("process"))
-}
-
-/// The resources of an update.
-pub fn resources(json: &[u8]) -> Result<LinuxResources, Error> {
-    serde_json::from_slice(json).map_err(json_error("resources"))
-}
-
-/// The text of an update's resources for the guest.
-pub fn resources_for_guest(json: &[u8], backing: &Backing) -> Result<Vec<u8>, Error> {
-    serde_json::to_vec(&guest_resources(json, backing)?).map_err(json_error("resources"))
-}
-
-/// Resources without the numbers of the host's processors, memory nodes and devices, which mean nothing to the guest.
-fn guest_resources<'a>(resources: &'a [u8], backing: &Backing) -> Result<Object<'a>, Error> {
-    let mut resources = object("resources", resources)?;
-    if let Some(Cow::Borrowed(cpu)) = resources.get("cpu").filter(|cpu| cpu.get() != "null") {
-        let mut cpu = object("cpu", cpu.get().as_bytes())?;
-        for field in HOST_NUMBERS {
-            cpu.remove(field);
-        }
-        resources.insert("cpu".into(), to_text("cpu", &cpu)?);
-    }
-    let block = resources.get("blockIO");
-    if let Some(Cow::Borrowed(block)) = block.filter(|block| block.get() != "null") {
-        let mut block = object("blockIO", block.get().as_bytes())?;
-        for field in DEVICE_LIMITS {
-            let devices: Option<Vec<DeviceLimit>> = part(&block, field)?.flatten();
-            let mut there = Vec::new();
-            for device in devices.iter().flatten() {
-                let text = format!("{}:{}", device.major, device.minor);
-                for disk in disks_on(backing, &format!("blockIO.{field}"), &text)? {
-                    there.push(DeviceLimit {
-                        major: 0,
-                        minor: disk.into(),
-                        ..device.clone()
-                    });
-                }
-            }
-            if !there.is_empty() {
-                block.insert(field.into(), to_text(field, &there)?);
-            }
-        }
-        resources.insert("blockIO".into(), to_text("blockIO", &block)?);
-    }
-    let unified: Option<BTreeMap<String, String>> = part(&resources, "unified")?.flatten();
-    if let Some(mut unified) = unified {
-        for (file, value) in &mut unified {
-            if PER_DEVICE.contains(&file.as_str()) {
-                *value = guest_lines(file, value, backing)?;
-            }
-        }
-        resources.insert("unified".into(), to_text("unified", &unified)?);
-    }
-    Ok(resources)
-}
-
-/// The lines of a file with the guest's disks in place of the host's devices.
-fn guest_lines(file: &str, value: &str, backing: &Backing) -> Result<String, Error> {
-    let mut lines = Vec::new();
-    for line in value.lines() {
-        match line.split_once(' ') {
-            Some((device, rest)) if device.contains(':') => {
-                for disk in disks_on(backing, &format!("unified: {file}"), device)? {
-                    lines.push(format!("0:{disk} {rest}"));
-                }
-            }
-            // What holds for all devices.
-            _ => lines.push(line.to_owned()),
-        }
-    }
-    Ok(lines.join("\n"))
-}
-
-fn disks_on(backing: &Backing, field: &str, device: &str) -> Result<Vec<u32>, Error> {
-    Ok(backing.disks_on(field, Number::parse(device), device)?)
 }
 
 fn unlabelled(process: &[u8]) -> Result<Object<'_>, Error> {
@@ -396,7 +300,7 @@ fn json_error(field: &'static str) -> impl Fn(serde_json::Error) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 
@@ -516,55 +420,6 @@ mod tests {
     }
 
     #[test]
-    fn limits_of_devices_are_those_of_the_disks_on_them() {
-        let directory = tempfile::tempdir().unwrap();
-        let backing = Backing {
-            scratch: directory.path().into(),
-            layers: Vec::new(),
-        };
-        let asked = |device: &str| {
-            let (major, minor) = device.split_once(':').unwrap();
-            let number = |text: &str| text.parse::<i64>().unwrap();
-            json!({
-                "blockIO": {
-                    "throttleReadBpsDevice": [{"major": number(major), "minor": number(minor), "rate": 9}],
-                    "weight": null,
-                    "weightDevice": [{"major": number(major), "minor": number(minor), "weight": 10, "leafWeight": 0}],
-                },
-                "unified": {"io.max": format!("{device} wiops=5\n"), "memory.high": "1"},
-            })
-            .to_string()
-        };
-        let error = resources_for_guest(asked("1:3").as_bytes(), &backing).unwrap_err();
-        let text = error.to_string();
-        assert!(
-            text.contains("weightDevice") && text.contains("1:3"),
-            "{text}"
-        );
-        // What this directory lies on, if that is a device.
-        let device = std::os::unix::fs::MetadataExt::dev(&directory.path().metadata().unwrap());
-        let device = format!(
-            "{}:{}",
-            rustix::fs::major(device),
-            rustix::fs::minor(device)
-        );
-        if Path::new("/sys/dev/block").join(&device).exists() {
-            let guest = resources_for_guest(asked(&device).as_bytes(), &backing).unwrap();
-            let guest: Value = serde_json::from_slice(&guest).unwrap();
-            let throttle = &guest["blockIO"]["throttleReadBpsDevice"];
-            assert_eq!(*throttle, json!([{"major": 0, "minor": 0, "rate": 9}]));
-            assert_eq!(
-                guest["blockIO"]["weightDevice"],
-                json!([{"major": 0, "minor": 0, "weight": 10, "leafWeight": 0}])
-            );
-            assert_eq!(
-                guest["unified"],
-                json!({"io.max": "0:0 wiops=5", "memory.high": "1"})
-            );
-        }
-    }
-
-    #[test]
     fn binds_have_other_sources_in_the_guest() {
         let mut mount = config();
         mount["mounts"][0] =
@@ -604,20 +459,11 @@ mod tests {
     }
 
     #[test]
-    fn the_guest_gets_no_numbers_of_the_hosts_processors() {
+    fn limits_are_in_the_guests_terms() {
         let mut limited = config();
-        limited["linux"]["resources"] =
-            json!({"cpu": {"cpus": "4-7", "mems": "0", "quota": 5}, "pids": {"limit": 3}});
-        let expected = json!({"cpu": {"quota": 5}, "pids": {"limit": 3}});
+        limited["linux"]["resources"] = json!({"cpu": {"cpus": "4-7", "quota": 5}});
+        let expected = json!({"cpu": {"quota": 5}});
         assert_eq!(guest(&limited).unwrap()["linux"]["resources"], expected);
-        let text = limited["linux"]["resources"].to_string();
-        let update = resources_for_guest(text.as_bytes(), &Backing::default()).unwrap();
-        assert_eq!(serde_json::from_slice::<Value>(&update).unwrap(), expected);
-        for plain in [json!({"cpu": null}), json!({})] {
-            let update =
-                resources_for_guest(plain.to_string().as_bytes(), &Backing::default()).unwrap();
-            assert_eq!(serde_json::from_slice::<Value>(&update).unwrap(), plain);
-        }
     }
 
     #[test]
