@@ -4,6 +4,9 @@
 //! left over are kept for the next one. When the guest has given less than the longest frame takes, a frame is read into the
 //! host's memory instead: it may well be a short one. One that is too long for what is there waits for more, and is dropped
 //! only when there cannot be more.
+//!
+//! Dozens of buffers in a read cost more than a short frame does. So after a short frame the next one is expected to be short, too,
+//! and only as many are given for it as that takes; what is left of one that is not so short comes by way of the host's memory.
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
@@ -26,8 +29,11 @@ const LONGEST_ETHERNET_HEADER: usize = 22;
 /// Pieces of guest memory in one read: all that the system takes, but for the header's place and the spill's.
 const MAX_PIECES: usize = libc::UIO_MAXIOV as usize - 2;
 
-/// Behind the guest's buffers: a frame that reaches into it did not fit.
+/// Behind the longest frame: one that reaches into it did not fit.
 const SPILL: usize = 16;
+
+/// A frame of up to so many bytes, with its header, is a short one: most that are no part of a stream's data are.
+const SHORT: usize = 2048;
 
 /// How the receiving has ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -48,8 +54,10 @@ pub struct Receiver {
     /// The longest frame with its header, in bytes.
     longest: usize,
     room: Room,
-    /// The host's memory for frames, empty until it is needed, and the length of the frame with its header that waits in it
-    /// for buffers; 0 if there is none.
+    /// The last frame was a short one.
+    short: bool,
+    /// The host's memory for the longest frame, and the length of the frame with its header that waits in it for buffers; 0 if
+    /// there is none.
     bounce: Vec<u8>,
     held: usize,
     /// What a frame has used, and the pieces of memory that it is read into; here only to be allocated once.
@@ -65,12 +73,15 @@ impl Receiver {
         } else {
             usize::from(mtu) + LONGEST_ETHERNET_HEADER
         };
+        let longest = HEADER + frame;
         Self {
             ring,
             mergeable,
-            longest: HEADER + frame,
+            longest,
             room: Room::default(),
-            bounce: Vec::new(),
+            short: true,
+            // Of which the kernel gives only those pages that are written to.
+            bounce: vec![0; longest + SPILL],
             held: 0,
             used: Vec::new(),
             vectors: Vectors::default(),
@@ -127,7 +138,6 @@ impl Receiver {
             if fits && self.room.pieces.len() <= MAX_PIECES {
                 return self.read(ram, tap, port);
             }
-            self.bounce.resize(self.longest + SPILL, 0);
             let vector = iovec {
                 iov_base: self.bounce.as_mut_ptr().cast(),
                 iov_len: self.bounce.len(),
@@ -140,24 +150,29 @@ impl Receiver {
         self.deliver_held(ram, port)
     }
 
-    /// Reads a frame straight into the guest's buffers.
+    /// Reads a frame straight into the guest's buffers, the end of an unexpectedly long one by way of the host's memory.
     fn read(&mut self, ram: &GuestRam, tap: &Tap, port: &Port) -> Result<Received, Broken> {
         let mut header = [0; HEADER];
-        let mut spill = [0u8; SPILL];
         let Vectors(vectors) = &mut self.vectors;
         vectors.clear();
         vectors.push(iovec {
             iov_base: header.as_mut_ptr().cast(),
             iov_len: HEADER,
         });
-        self.room.append_frame(vectors);
-        vectors.push(iovec {
-            iov_base: spill.as_mut_ptr().cast(),
-            iov_len: SPILL,
-        });
         let room = self.room.length;
+        let limit = if self.short { SHORT } else { room };
+        let direct = self.room.append_frame(limit, vectors);
+        let rest = (room - direct).min(self.longest) + SPILL;
+        vectors.push(iovec {
+            iov_base: self.bounce.as_mut_ptr().cast(),
+            iov_len: rest.min(self.bounce.len()),
+        });
         match tap.read(vectors) {
             Ok(length) if (HEADER..=room).contains(&length) => {
+                self.short = length <= SHORT;
+                if let Some(rest) = length.checked_sub(direct) {
+                    self.room.write(direct, &self.bounce[..rest]);
+                }
                 self.give(ram, header, length)?;
                 Ok(Received::Part)
             }
@@ -308,12 +323,16 @@ impl Room {
         self.length += length;
     }
 
-    /// The memory for a frame: everything behind the header's place.
-    fn append_frame(&self, vectors: &mut Vec<iovec>) {
-        let mut skip = HEADER;
+    /// The memory for a frame, behind the header's place: as many pieces as `limit` bytes take with the header, or all. Returns how
+    /// many bytes they are, the header's included.
+    fn append_frame(&self, limit: usize, vectors: &mut Vec<iovec>) -> usize {
+        let mut length = 0;
         for piece in &self.pieces {
-            let skipped = skip.min(piece.length);
-            skip -= skipped;
+            if length >= limit.max(HEADER) {
+                break;
+            }
+            let skipped = HEADER.saturating_sub(length).min(piece.length);
+            length += piece.length;
             if piece.length > skipped {
                 vectors.push(iovec {
                     iov_base: piece.start.wrapping_add(skipped).cast(),
@@ -321,6 +340,7 @@ impl Room {
                 });
             }
         }
+        length
     }
 
     /// Copies `data` to an offset; there must be room for it.

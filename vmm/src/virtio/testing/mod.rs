@@ -46,6 +46,10 @@ pub struct Machine {
 
 impl Default for Machine {
     fn default() -> Self {
+        // A test's threads allocate from arenas of their own, and before the C library gives a part of one back, it reads
+        // `/proc/sys/vm/overcommit_memory`, which a device's thread may not. The VMM has a single arena.
+        // SAFETY: numbers only, which the allocator knows.
+        unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX) };
         let vm = Arc::new(Kvm::new().unwrap().create_vm().unwrap());
         vm.create_irq_chip().unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();

@@ -48,6 +48,21 @@ fn a_short_frame_takes_what_there_is() {
 }
 
 #[test]
+fn a_long_frame_after_a_short_one_arrives_whole() {
+    let machine = Machine::default();
+    let (net, host) = on_socket();
+    let mut rig = Rig::new(&machine, &net, ALL);
+    rig.give(60, 1500);
+    for length in [60, 60_000, 60, 2_036, 2_037, 60, 9_000, 60_000] {
+        let bytes = frame(OTHER_MAC, length, length as u64);
+        host.send(&bytes).unwrap();
+        assert!(rig.receive() == bytes, "{length} bytes");
+        rig.give(length.div_ceil(1500), 1500);
+    }
+    assert_eq!(net.dropped(), Dropped::default());
+}
+
+#[test]
 fn a_driver_without_the_event_index_is_served_too() {
     let machine = Machine::default();
     let (net, host) = on_socket();
