@@ -21,7 +21,7 @@ use bulkhead_tests::site::Site;
 use rustix::process::Signal;
 
 /// How often each thing is measured.
-const REPEATS: usize = 5;
+const REPEATS: usize = 7;
 
 /// The file name of the VMM's program.
 const VMM: &str = "bulkhead-vmm";
