@@ -8,6 +8,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, netlink};
 
 use crate::error::{Context, Error};
@@ -74,6 +76,29 @@ pub fn let_go(slot: u8) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,
     }
+}
+
+/// Has the kernel let a disk go that nothing uses.
+///
+/// # Errors
+///
+/// Something is mounted from it, or the kernel refuses.
+pub fn let_unused_go(slot: u8) -> Result<(), Error> {
+    let what = || format!("letting the disk in PCI slot {slot} go");
+    if let Some(node) = look_for(slot, |virtio| find(virtio, None)).context(what)? {
+        // What is mounted, be it a partition only, has the disk for itself.
+        let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
+        match rustix::fs::open(node, flags, Mode::empty()) {
+            Err(Errno::BUSY) => {
+                return Err(Error::FailedPrecondition(format!(
+                    "{}: it is in use",
+                    what()
+                )));
+            }
+            result => drop(result.context(what)?),
+        }
+    }
+    let_go(slot).context(what)
 }
 
 /// Where the kernel tells of the device in a slot of bus 0.

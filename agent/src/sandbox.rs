@@ -13,8 +13,9 @@ use crate::agent::Agent;
 use crate::child::outside;
 use crate::error::{Context, Error};
 use crate::protocol::sandbox::{
-    ChangeNetworkRequest, ChangeNetworkResponse, NextOomRequest, NextOomResponse,
-    SetNetworkRequest, SetNetworkResponse, SetRequest, SetResponse, SetupRequest, SetupResponse,
+    ChangeNetworkRequest, ChangeNetworkResponse, LetGoRequest, LetGoResponse, NextOomRequest,
+    NextOomResponse, SetNetworkRequest, SetNetworkResponse, SetRequest, SetResponse, SetupRequest,
+    SetupResponse,
 };
 use crate::protocol::sandbox_ttrpc::Sandbox;
 use crate::{disk, network, plan, sys};
@@ -59,8 +60,7 @@ impl SandboxService {
 /// Mounts the scratch disk, unless an earlier call has.
 fn mount_scratch(slot: u32, place: &Path) -> Result<(), Error> {
     let what = || format!("mounting the scratch disk in PCI slot {slot}");
-    let slot = u8::try_from(slot).ok().filter(|&slot| slot < 32);
-    let slot = slot.ok_or_else(|| Error::InvalidArgument(format!("{}: no such slot", what())))?;
+    let slot = pci_slot(slot, what)?;
     let device = |path: &Path| rustix::fs::stat(path).map(|found| found.st_dev);
     let above = place.parent().unwrap_or(place);
     if device(place).context(what)? != device(above).context(what)? {
@@ -68,6 +68,12 @@ fn mount_scratch(slot: u32, place: &Path) -> Result<(), Error> {
     }
     let node = disk::node(slot, None)?;
     rustix::mount::mount(&node, place, "ext4", MountFlags::NOATIME, None).context(what)
+}
+
+/// A slot of the PCI bus.
+fn pci_slot(number: u32, what: impl Fn() -> String) -> Result<u8, Error> {
+    let slot = u8::try_from(number).ok().filter(|&slot| slot < 32);
+    slot.ok_or_else(|| Error::InvalidArgument(format!("{}: no such slot", what())))
 }
 
 #[async_trait]
@@ -95,6 +101,20 @@ impl Sandbox for SandboxService {
     ) -> ttrpc::Result<ChangeNetworkResponse> {
         network::change(&request)?;
         Ok(ChangeNetworkResponse::new())
+    }
+
+    async fn let_go(
+        &self,
+        _: &TtrpcContext,
+        request: LetGoRequest,
+    ) -> ttrpc::Result<LetGoResponse> {
+        let mut result = Ok(());
+        for slot in request.slots {
+            let gone = pci_slot(slot, || format!("letting the disk in PCI slot {slot} go"));
+            result = result.and(gone.and_then(disk::let_unused_go));
+        }
+        result?;
+        Ok(LetGoResponse::new())
     }
 
     async fn set(&self, _: &TtrpcContext, request: SetRequest) -> ttrpc::Result<SetResponse> {

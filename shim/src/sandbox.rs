@@ -9,7 +9,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bulkhead_agent::protocol::STREAM_PORT;
-use bulkhead_agent::protocol::sandbox::{NextOomRequest, SetRequest, SetupRequest};
+use bulkhead_agent::protocol::sandbox::{LetGoRequest, NextOomRequest, SetRequest, SetupRequest};
 use bulkhead_agent::protocol::sandbox_ttrpc::SandboxClient;
 use containerd_shim_protos::shim_async::TaskClient;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -210,12 +210,27 @@ impl Sandbox {
         Ok(slots)
     }
 
-    /// Takes disks away that the guest has let go. A machine that has ended has none.
+    /// Has the guest let disks go, and takes them away. A machine that has ended has none.
     pub async fn detach(&self, slots: &[u8]) {
         let Ok(machine) = self.machine() else { return };
+        if slots.is_empty() {
+            return;
+        }
+        let request = LetGoRequest {
+            slots: slots.iter().copied().map(u32::from).collect(),
+            ..Default::default()
+        };
+        let let_go = |client| async move {
+            SandboxClient::new(client)
+                .let_go(ttrpc::context::Context::default(), &request)
+                .await
+        };
+        if let Err(error) = self.ask_agent(let_go).await {
+            log::warn!("the guest does not let its disks {slots:?} go: {error}");
+        }
         for &slot in slots {
             if let Err(error) = machine.detach(slot).await {
-                log::debug!("disk {slot} cannot be detached: {error}");
+                log::warn!("disk {slot} cannot be detached: {error}");
             }
         }
     }

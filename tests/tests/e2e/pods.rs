@@ -89,6 +89,14 @@ fn the_containers_of_a_pod_share_its_machine() {
     let last = member().run(&ask).output().unwrap().success().unwrap();
     assert_eq!(boot_id(&last), boot_id(&inside));
 
+    // Its disk is gone with it: there is room for no more than 30 at once.
+    let devices = || {
+        let call = member().run(&["ls", "/sys/bus/pci/devices"]);
+        call.output().unwrap().success().unwrap()
+    };
+    let before = devices();
+    assert_eq!(devices(), before);
+
     sandbox.kill("SIGKILL").unwrap();
     assert_eq!(sandbox.wait().unwrap(), 137);
     world.finish().unwrap();
