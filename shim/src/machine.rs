@@ -278,7 +278,7 @@ impl Machine {
             vcpus: spec.vcpus,
             memory_mib: spec.memory_mib,
             cmdline: spec.cmdline,
-            ports: vec![AGENT_PORT],
+            ports: Some(vec![AGENT_PORT]),
             disks: disks
                 .iter()
                 .map(|disk| describe(disk, spec.vcpus))

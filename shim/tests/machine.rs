@@ -171,7 +171,9 @@ mod vmm {
                         tag,
                         error: "no \x07slot".into(),
                     },
-                    Request::AttachDisk { tag, .. } | Request::AttachNic { tag, .. } => {
+                    Request::AttachDisk { tag, .. }
+                    | Request::AttachNic { tag, .. }
+                    | Request::AttachVsock { tag, .. } => {
                         next += 1;
                         Event::Attached {
                             tag,

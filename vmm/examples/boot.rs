@@ -54,7 +54,7 @@ fn parse() -> Result<Arguments, Error> {
         vcpus: 1,
         memory_mib: 128,
         cmdline: "console=ttyS0 reboot=k panic=-1".into(),
-        ports: Vec::new(),
+        ports: Some(Vec::new()),
         disks: Vec::new(),
         nics: Vec::new(),
     };
@@ -68,7 +68,7 @@ fn parse() -> Result<Arguments, Error> {
             "--cmdline" => boot.cmdline = value,
             "--vcpus" => boot.vcpus = value.parse()?,
             "--memory" => boot.memory_mib = value.parse()?,
-            "--port" => boot.ports.push(value.parse()?),
+            "--port" => boot.ports.get_or_insert_default().push(value.parse()?),
             unknown => return Err(format!("unknown argument {unknown}").into()),
         }
     }

@@ -51,6 +51,13 @@ pub enum Request {
     ///
     /// Descriptors: the queues of the interface's tap, one for each pair.
     AttachNic { tag: u32, nic: Nic },
+    /// Attaches the vsock device to a running machine that has none. Answered by [`Event::Attached`] or [`Event::Refused`] with the
+    /// same tag.
+    AttachVsock {
+        tag: u32,
+        /// As [`Boot::ports`] has them.
+        ports: Vec<u32>,
+    },
     /// Changes a network interface while the guest uses it. Answered by [`Event::NicUpdated`] or [`Event::Refused`].
     UpdateNic {
         tag: u32,
@@ -78,8 +85,9 @@ pub struct Boot {
     pub memory_mib: u32,
     /// The kernel command line.
     pub cmdline: String,
-    /// The host's vsock ports to which the guest may connect; every other port is refused.
-    pub ports: Vec<u32>,
+    /// The host's vsock ports to which the guest may connect; every other port is refused. `None` for a machine that has no vsock
+    /// device until [`Request::AttachVsock`].
+    pub ports: Option<Vec<u32>>,
     /// The disks that are present at boot, on PCI slots that [`Event::Started`] tells.
     pub disks: Vec<Disk>,
     /// The network interfaces that are present at boot.
@@ -161,7 +169,7 @@ pub enum Event {
     /// The processors run. `slots` are the PCI device numbers (bus 0, function 0) of the disks of [`Boot`] in their order,
     /// then of its network interfaces.
     Started { slots: Vec<u8> },
-    /// A disk or network interface is on the bus as PCI device `slot` (bus 0, function 0); the guest must rescan the bus.
+    /// A device is on the bus as PCI device `slot` (bus 0, function 0); the guest must rescan the bus.
     Attached { tag: u32, slot: u8 },
     /// A device is gone.
     Detached { tag: u32 },
@@ -169,7 +177,7 @@ pub enum Event {
     NicUpdated { tag: u32, dropped: Dropped },
     /// The request with this tag was refused, and nothing has changed.
     Refused { tag: u32, error: String },
-    /// The guest opened a stream to a port that [`Boot::ports`] allows.
+    /// The guest opened a stream to a port that [`Boot::ports`] or [`Request::AttachVsock`] allows.
     ///
     /// Descriptors: the host's end of the stream.
     StreamOpened { port: u32 },

@@ -66,7 +66,7 @@ fn running() -> (Vmm, Channel) {
         vcpus: 2,
         memory_mib: 128,
         cmdline: String::new(),
-        ports: vec![1024],
+        ports: Some(vec![1024]),
         disks: vec![disk("root", true), disk("scratch", false)],
         nics: vec![],
     };

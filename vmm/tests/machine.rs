@@ -5,6 +5,7 @@ mod guest;
 use std::fs;
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 
 use bulkhead_vmm::control::{Dropped, Event, Nic, Request, Sources, StopReason};
 use bulkhead_vmm::launch::Exit;
@@ -322,6 +323,41 @@ fn disks_come_and_go_while_the_machine_runs() {
     assert_eq!(machine.event(), Event::Detached { tag: 6 });
     machine.request(&Request::Detach { tag: 7, slot }, []);
     refusal(&["holds no disk"], 7);
+}
+
+#[test]
+fn a_running_machine_gets_its_vsock_device() {
+    // Looks at slot 2 of the bus until a vsock device is there.
+    let code = [
+        &[0xb8, 0x00, 0x10, 0x00, 0x80][..], // look: mov eax, 0x80001000
+        &[0x66, 0xba, 0xf8, 0x0c, 0xef],     // mov dx, 0xcf8; out dx, eax
+        &[0x66, 0xba, 0xfc, 0x0c, 0xed],     // mov dx, 0xcfc; in eax, dx
+        &[0x3d, 0xf4, 0x1a, 0x53, 0x10, 0x75, 0xea], // cmp eax, 0x10531af4; jne look
+        &RESET,
+        &HALT,
+    ]
+    .concat();
+    let mut boot = small();
+    boot.ports = None;
+    let machine = Machine::boot(boot, file(&kernel(&code)), &[]).started();
+    // Nobody is there whom a stream could reach.
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    machine.request(&Request::Connect { port: 1024 }, [&theirs.into()]);
+    assert_eq!((&ours).read(&mut [0]).unwrap(), 0);
+
+    let attach = |tag| Request::AttachVsock {
+        tag,
+        ports: vec![1024],
+    };
+    machine.request(&attach(1), []);
+    assert_eq!(machine.event(), Event::Attached { tag: 1, slot: 2 });
+    assert_eq!(machine.end().0, StopReason::Reset);
+
+    let machine = Machine::run(&HALT).started();
+    machine.request(&attach(1), []);
+    assert!(
+        matches!(machine.event(), Event::Refused { tag: 1, error } if error.contains("has a vsock device already"))
+    );
 }
 
 #[test]

@@ -72,7 +72,9 @@ fn stop(control: &Channel, reason: StopReason) {
 fn serve_control(control: &Channel, opened: &mpsc::UnboundedSender<StdStream>, mut next: u8) {
     while let Ok((request, descriptors)) = control.receive() {
         let answer = match request {
-            Request::AttachDisk { tag, .. } | Request::AttachNic { tag, .. } => {
+            Request::AttachDisk { tag, .. }
+            | Request::AttachNic { tag, .. }
+            | Request::AttachVsock { tag, .. } => {
                 next += 1;
                 Event::Attached {
                     tag,

@@ -118,7 +118,7 @@ impl Machine {
             vcpus: 1,
             memory_mib: MEMORY,
             cmdline: cmdline.to_owned(),
-            ports: vec![AGENT_PORT],
+            ports: Some(vec![AGENT_PORT]),
             nics: Vec::new(),
             disks: vec![Disk {
                 id: "root".into(),

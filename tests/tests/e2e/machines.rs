@@ -20,7 +20,7 @@ fn console(world: &World, vcpus: u8) -> String {
         vcpus,
         memory_mib: 512,
         cmdline: "console=ttyS0 panic=-1".into(),
-        ports: Vec::new(),
+        ports: None,
         disks: Vec::new(),
         nics: Vec::new(),
     };

@@ -84,6 +84,8 @@ pub enum Error {
     NotDetachable(u8),
     #[error("slot {0} holds no network interface")]
     NoNic(u8),
+    #[error("the machine has a vsock device already")]
+    SecondVsock,
 }
 
 /// A machine, from the main thread's point of view.
@@ -93,7 +95,7 @@ struct Machine {
     ram: GuestRam,
     routes: Arc<Routes>,
     bus: Arc<pci::Bus>,
-    vsock: Vsock,
+    vsock: Option<Vsock>,
     stopper: Stopper,
     vcpus: u8,
     /// The slots that hold disks, and those that hold network interfaces: these can be detached.
@@ -130,19 +132,20 @@ impl Machine {
             PvPanic::new(move |reason| stopper.stop(reason))
         };
         bus.attach(Arc::new(pvpanic))?;
-        let vsock = Vsock::new(GUEST_CID, boot.ports.clone()).map_err(device("vsock"))?;
         let mut machine = Self {
             vm,
             ram,
             routes,
             bus,
-            vsock,
+            vsock: None,
             stopper,
             vcpus: boot.vcpus,
             disks: Vec::new(),
             nics: Vec::new(),
         };
-        machine.attach("vsock", machine.vsock.clone())?;
+        if let Some(ports) = &boot.ports {
+            machine.attach_vsock(ports.clone())?;
+        }
         for (disk, files) in boot.disks.iter().zip(descriptors.disks) {
             machine.attach_disk(disk, files)?;
         }
@@ -174,6 +177,17 @@ impl Machine {
             .map_err(|source| Error::Thread { id, source })?;
         }
         Ok(())
+    }
+
+    /// Puts the vsock device on the bus and returns its slot.
+    fn attach_vsock(&mut self, ports: Vec<u32>) -> Result<u8, Error> {
+        if self.vsock.is_some() {
+            return Err(Error::SecondVsock);
+        }
+        let vsock = Vsock::new(GUEST_CID, ports).map_err(device("vsock"))?;
+        let slot = self.attach("vsock", vsock.clone())?;
+        self.vsock = Some(vsock);
+        Ok(slot)
     }
 
     /// Puts a disk on the bus and returns its slot.

@@ -184,7 +184,7 @@ mod tests {
             vcpus: 2,
             memory_mib: 64,
             cmdline: "quiet".into(),
-            ports: vec![],
+            ports: None,
             disks,
             nics: vec![],
         }

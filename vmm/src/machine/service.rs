@@ -12,6 +12,7 @@ use super::{Error, Machine, request};
 use crate::control::{self, Channel, Event, Request, StopReason};
 use crate::seccomp::{Filter, ThreadKind};
 use crate::stop::Stopper;
+use crate::virtio::vsock::Vsock;
 
 /// Serves one machine on the control socket, from its first request to its end.
 ///
@@ -99,9 +100,11 @@ impl Machine {
     /// Serves events until the machine ends, and returns why it did.
     fn serve(&mut self, control: &Channel) -> Result<StopReason, control::Error> {
         loop {
+            // Without a vsock device there is nothing to wait for in its place.
+            let vsock = self.vsock.as_ref();
             let [requests, streams, stopped] = wait([
                 control.as_fd(),
-                self.vsock.descriptor(),
+                vsock.map_or(control.as_fd(), Vsock::descriptor),
                 self.stopper.as_fd(),
             ]);
             // Streams before the end: what the guest sent before it ended the machine is still delivered.
@@ -126,7 +129,10 @@ impl Machine {
 
     /// Does what can be done on vsock streams, and hands those over that the guest has opened.
     fn serve_vsock(&self, control: &Channel) -> Result<(), control::Error> {
-        match self.vsock.process() {
+        let Some(vsock) = &self.vsock else {
+            return Ok(());
+        };
+        match vsock.process() {
             Ok(opened) => {
                 for stream in opened {
                     let event = Event::StreamOpened { port: stream.port };
@@ -161,6 +167,10 @@ impl Machine {
                 Ok(slot) => Event::Attached { tag, slot },
                 Err(error) => refused(tag, &error),
             },
+            Request::AttachVsock { tag, ports } => match self.attach_vsock(ports) {
+                Ok(slot) => Event::Attached { tag, slot },
+                Err(error) => refused(tag, &error),
+            },
             Request::UpdateNic {
                 tag,
                 slot,
@@ -177,8 +187,10 @@ impl Machine {
             Request::Connect { port } => {
                 // A stream that cannot be had is told by its end: the descriptor is closed.
                 let mut descriptors = descriptors.into_iter();
-                if let (Some(stream), None) = (descriptors.next(), descriptors.next()) {
-                    let _ = self.vsock.connect(port, stream);
+                if let (Some(vsock), Some(stream), None) =
+                    (&self.vsock, descriptors.next(), descriptors.next())
+                {
+                    let _ = vsock.connect(port, stream);
                 }
                 return Ok(());
             }

@@ -94,7 +94,7 @@ pub fn small() -> Boot {
         vcpus: 1,
         memory_mib: 4,
         cmdline: String::new(),
-        ports: vec![],
+        ports: Some(vec![]),
         disks: vec![],
         nics: vec![],
     }
