@@ -151,10 +151,15 @@ impl Process {
         state.descriptor = Some(Arc::new(descriptor));
     }
 
+    /// The size that its terminal is to begin with, if one was asked for.
+    pub fn size(&self) -> Option<Winsize> {
+        self.state().size
+    }
+
     /// Notes the controlling end of its terminal.
     pub fn has_terminal(&self, terminal: OwnedFd) -> Result<(), Error> {
         let mut state = self.state();
-        // A size that was asked for after the process had been described.
+        // A size that was asked for after the process had been made.
         if let Some(size) = state.size {
             rustix::termios::tcsetwinsize(&terminal, size)
                 .context(|| "setting the terminal's size".into())?;
