@@ -177,10 +177,10 @@ impl Container {
         }
         self.state().ended = true;
         // Without a PID namespace of its own nothing ends a container's other processes with its init.
-        if !self.built.namespaces.has(sys::CLONE_NEWPID) {
-            if let Err(error) = self.cgroup.kill() {
-                eprintln!("container {}: {error}", self.built.id);
-            }
+        if !self.built.namespaces.has(sys::CLONE_NEWPID)
+            && let Err(error) = self.cgroup.kill()
+        {
+            eprintln!("container {}: {error}", self.built.id);
         }
         let (container, kills) = (self.clone(), kills.clone());
         tokio::spawn(async move {

@@ -116,11 +116,11 @@ impl Container {
 
     /// A process has ended.
     pub fn exited(&mut self, exec_id: &str, exit: Exit, events: &Publisher) {
-        if let Some(process) = self.process_mut(exec_id) {
-            if process.phase != Phase::Stopped {
-                process.held.get_or_insert(exit);
-                self.tell_ends(events);
-            }
+        if let Some(process) = self.process_mut(exec_id)
+            && process.phase != Phase::Stopped
+        {
+            process.held.get_or_insert(exit);
+            self.tell_ends(events);
         }
     }
 

@@ -437,10 +437,10 @@ impl Machine {
         command: impl FnOnce(oneshot::Sender<Result<T, Error>>) -> Command,
     ) -> Result<T, Error> {
         let (sender, reply) = oneshot::channel();
-        if self.commands.send(command(sender)).await.is_ok() {
-            if let Ok(reply) = reply.await {
-                return reply;
-            }
+        if self.commands.send(command(sender)).await.is_ok()
+            && let Ok(reply) = reply.await
+        {
+            return reply;
         }
         Err(Error::Stopped(self.stopped().await))
     }

@@ -403,10 +403,10 @@ async fn drain(stream: UnixStream, output: Arc<Output>, _open: Open) {
         log::warn!("output of a process is cut off: {error}");
     }
     // The last of the streams that share a FIFO closes it.
-    if let Some(Output::Pipe(pipe)) = Arc::into_inner(output) {
-        if let Err(error) = pipe.close().await {
-            log::warn!("output of a process may be lost: {error}");
-        }
+    if let Some(Output::Pipe(pipe)) = Arc::into_inner(output)
+        && let Err(error) = pipe.close().await
+    {
+        log::warn!("output of a process may be lost: {error}");
     }
 }
 

@@ -98,10 +98,10 @@ impl Prepared<'_> {
         let destination = self.mount.destination.as_path();
         let what = || format!("mounting {}", destination.display());
         let options = &self.mount.options;
-        if let Kind::Filesystem { kind, .. } = &self.mount.kind {
-            if matches!(kind.as_str(), "proc" | "sysfs") {
-                require_plain_directory(destination)?;
-            }
+        if let Kind::Filesystem { kind, .. } = &self.mount.kind
+            && matches!(kind.as_str(), "proc" | "sysfs")
+        {
+            require_plain_directory(destination)?;
         }
         match (&self.mount.kind, self.source) {
             (_, Some(source)) => {

@@ -41,10 +41,11 @@ pub fn find(name: &CStr, environment: &[CString]) -> Result<CString, Error> {
             directory
         };
         let candidate = Path::new(OsStr::from_bytes(directory)).join(path);
-        if !path.as_os_str().is_empty() && check(&candidate).is_ok() {
-            if let Ok(found) = CString::new(candidate.into_os_string().as_bytes()) {
-                return Ok(found);
-            }
+        if !path.as_os_str().is_empty()
+            && check(&candidate).is_ok()
+            && let Ok(found) = CString::new(candidate.into_os_string().as_bytes())
+        {
+            return Ok(found);
         }
     }
     Err(failed("executable file not found in $PATH"))

@@ -60,10 +60,10 @@ impl Wiring {
                 // One with another hardware address is another interface to the guest. Without our queueing discipline it was
                 // elsewhere in between.
                 Some(found) if found.mac == known.mac && contents.qdiscs.contains(&found.index) => {
-                    if found.mtu != known.mtu {
-                        if let Err(error) = link::set_mtu(&mut socket, found) {
-                            log::warn!("{error}");
-                        }
+                    if found.mtu != known.mtu
+                        && let Err(error) = link::set_mtu(&mut socket, found)
+                    {
+                        log::warn!("{error}");
                     }
                 }
                 Some(_) | None => gone.push(known.index),
@@ -127,10 +127,10 @@ impl Wiring {
         }
         self.note(|trace| {
             trace.hooks.retain(|hook| {
-                if hook.index == index {
-                    if let Err(error) = redirect::leave(socket, hook) {
-                        log::debug!("network interface {index}: {error}");
-                    }
+                if hook.index == index
+                    && let Err(error) = redirect::leave(socket, hook)
+                {
+                    log::debug!("network interface {index}: {error}");
                 }
                 hook.index != index
             });

@@ -345,14 +345,14 @@ impl Tasks {
             }
             self.end_if_idle();
         }
-        if kind != Kind::Sandbox {
-            if let Err(error) = self.delete_in_guest(request).await {
-                self.with(id, |container| {
-                    process_mut(container, exec_id)?.deleting = false;
-                    Ok(())
-                })?;
-                return Err(error);
-            }
+        if kind != Kind::Sandbox
+            && let Err(error) = self.delete_in_guest(request).await
+        {
+            self.with(id, |container| {
+                process_mut(container, exec_id)?.deleting = false;
+                Ok(())
+            })?;
+            return Err(error);
         }
         // What was never started has ended well, but its first process was there, and its end is told before the deletion.
         let never_started = phase == Phase::Created;

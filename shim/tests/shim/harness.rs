@@ -350,10 +350,10 @@ impl Host {
             let name = path.file_name().unwrap().to_str().unwrap();
             let line = fs::read(path.join("cmdline")).unwrap_or_default();
             let line = String::from_utf8_lossy(&line).replace('\0', " ");
-            if let Ok(pid) = name.parse() {
-                if line.contains(self.dir.path().to_str().unwrap()) {
-                    processes.push((pid, line));
-                }
+            if let Ok(pid) = name.parse()
+                && line.contains(self.dir.path().to_str().unwrap())
+            {
+                processes.push((pid, line));
             }
         }
         processes

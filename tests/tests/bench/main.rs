@@ -98,13 +98,13 @@ fn main() -> ExitCode {
 fn bench(only: Option<&str>) -> Result<bool> {
     let names = GROUPS.map(|group| group.names).concat();
     let budgets = Budgets::parse(include_str!("../../budgets.toml"), &names)?;
-    if let Some(name) = only {
-        if !names.iter().any(|row| row.starts_with(name)) {
-            return Err(Error::Unfit(format!(
-                "there is no row that begins with {name:?}; rows: {}",
-                names.join(", ")
-            )));
-        }
+    if let Some(name) = only
+        && !names.iter().any(|row| row.starts_with(name))
+    {
+        return Err(Error::Unfit(format!(
+            "there is no row that begins with {name:?}; rows: {}",
+            names.join(", ")
+        )));
     }
     let wanted = |name: &str| only.is_none_or(|only| name.starts_with(only));
     let site = Site::current()?;

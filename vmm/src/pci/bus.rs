@@ -156,10 +156,10 @@ impl Bus {
         data.fill(0xff);
         if port == CONFIG_ADDRESS && data.len() == 4 {
             data.copy_from_slice(&self.address.load(Ordering::Relaxed).to_le_bytes());
-        } else if let Some((number, offset)) = self.target(port, data.len()) {
-            if let Some(function) = self.function(number) {
-                function.config_read(offset, data);
-            }
+        } else if let Some((number, offset)) = self.target(port, data.len())
+            && let Some(function) = self.function(number)
+        {
+            function.config_read(offset, data);
         }
     }
 
@@ -170,12 +170,12 @@ impl Bus {
                 self.address
                     .store(u32::from_le_bytes(bytes), Ordering::Relaxed);
             }
-        } else if let Some((number, offset)) = self.target(port, data.len()) {
-            if let Some(function) = self.function(number) {
-                function.config_write(offset, data);
-                if config::moves_memory(offset) {
-                    self.settle(&mut self.write_slots());
-                }
+        } else if let Some((number, offset)) = self.target(port, data.len())
+            && let Some(function) = self.function(number)
+        {
+            function.config_write(offset, data);
+            if config::moves_memory(offset) {
+                self.settle(&mut self.write_slots());
             }
         }
     }

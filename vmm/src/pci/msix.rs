@@ -125,7 +125,7 @@ impl MsiX {
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         let state = self.lock();
-        if !matches!(data.len(), 4 | 8) || offset % 4 != 0 {
+        if !matches!(data.len(), 4 | 8) || !offset.is_multiple_of(4) {
             return;
         }
         for (offset, bytes) in (offset..).step_by(4).zip(data.chunks_exact_mut(4)) {
@@ -137,7 +137,7 @@ impl MsiX {
 
     /// The guest writes the table: one or two registers. Anything else is undefined, and ignored.
     pub fn write_table(&self, offset: u64, data: &[u8]) {
-        if !matches!(data.len(), 4 | 8) || offset % 4 != 0 {
+        if !matches!(data.len(), 4 | 8) || !offset.is_multiple_of(4) {
             return;
         }
         let mut state = self.lock();

@@ -261,10 +261,10 @@ impl Function for Transport {
     fn config_write(&self, offset: u8, data: &[u8]) {
         if let Some(start) = self.pci_data(offset) {
             // The access takes the first bytes of the register, so it is made when they are written.
-            if let (0, Some((offset, length))) = (start, self.pci_access()) {
-                if let Some(data) = data.get(..length) {
-                    self.write(offset, data);
-                }
+            if let (0, Some((offset, length))) = (start, self.pci_access())
+                && let Some(data) = data.get(..length)
+            {
+                self.write(offset, data);
             }
             return;
         }

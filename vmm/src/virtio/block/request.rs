@@ -136,7 +136,7 @@ impl Backend {
     fn position(&self, sector: u64, length: u64) -> Result<u64, Failure> {
         let position = sector.checked_mul(SECTOR).ok_or(Failure::Io)?;
         let end = position.checked_add(length).ok_or(Failure::Io)?;
-        if length % SECTOR != 0 || end > self.content.length() {
+        if !length.is_multiple_of(SECTOR) || end > self.content.length() {
             return Err(Failure::Io);
         }
         Ok(position)
@@ -145,7 +145,7 @@ impl Backend {
     /// The ranges of a request, all of them checked. Flags other than `known` make it an unsupported one.
     fn ranges(&self, mut readable: Buffers<'_>, known: u32) -> Result<Vec<Range>, Failure> {
         let count = readable.len() / RANGE;
-        if readable.len() % RANGE != 0 || count == 0 || count > MAX_RANGES as usize {
+        if !readable.len().is_multiple_of(RANGE) || count == 0 || count > MAX_RANGES as usize {
             return Err(Failure::Io);
         }
         let mut ranges = Vec::with_capacity(count);

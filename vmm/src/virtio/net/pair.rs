@@ -131,10 +131,10 @@ impl Pair {
     /// Does what can be done, up to a limit. `true` when there is more.
     fn work(&self, service: &mut Service, ready: &mut Ready) -> Result<bool, Broken> {
         let (ram, port, tap) = (&service.ram, &self.port, &self.port.taps[self.index]);
-        if std::mem::take(&mut ready.commands) {
-            if let Some(ring) = &mut service.commands {
-                command::run(ram, ring, port)?;
-            }
+        if std::mem::take(&mut ready.commands)
+            && let Some(ring) = &mut service.commands
+        {
+            command::run(ram, ring, port)?;
         }
         let mut more = false;
         if ready.waiting && ready.writable {
