@@ -19,10 +19,12 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use rustix::process::{Signal, getppid, pidfd_send_signal, set_parent_process_death_signal};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space, set_name};
 use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::unix::pipe;
+use tokio::signal::unix::{self, SignalKind};
 
 use crate::readiness::register;
 
@@ -74,6 +76,30 @@ impl Signals {
     pub async fn next(&mut self) -> io::Result<(u32, u32)> {
         // The two are written at once.
         Ok((self.0.read_u32_le().await?, self.0.read_u32_le().await?))
+    }
+}
+
+/// The stand-ins that somebody stops. A signal that stops is none that a process is told of; its parent is.
+#[derive(Debug)]
+pub struct Stops(unix::Signal);
+
+impl Stops {
+    /// Listens. Needs the runtime of tokio.
+    pub fn new() -> io::Result<Self> {
+        unix::signal(SignalKind::child()).map(Self)
+    }
+
+    /// The number of the next one, or of another child of the shim's.
+    pub async fn next(&mut self) -> u32 {
+        // Only those that are stopped: whoever has made a child waits for its end.
+        let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG | WaitPidFlag::__WALL;
+        loop {
+            if let Ok(WaitStatus::Stopped(pid, _)) = waitid(Id::All, flags) {
+                return pid.as_raw().unsigned_abs();
+            }
+            // One may stand for several.
+            self.0.recv().await;
+        }
     }
 }
 
@@ -301,6 +327,27 @@ mod tests {
         assert_eq!(name, "c1\n");
         send(SIGKILL);
         stand_in.ended().unwrap().await;
+    }
+
+    #[tokio::test]
+    async fn a_stop_is_seen_and_its_end_is_told() {
+        let (mailbox, mut signals) = signals().unwrap();
+        let mut stops = Stops::new().unwrap();
+        let stand_in = StandIn::new("c1", Network::New, &Arc::new(mailbox)).unwrap();
+        let send = |signal| {
+            let pid = nix::unistd::Pid::from_raw(stand_in.pid() as i32);
+            nix::sys::signal::kill(pid, signal).unwrap();
+        };
+        use nix::sys::signal::Signal::{SIGCONT, SIGSTOP};
+        for _ in 0..2 {
+            send(SIGSTOP);
+            assert_eq!(stops.next().await, stand_in.pid());
+            send(SIGCONT);
+            let told = signals.next().await.unwrap();
+            assert_eq!(told, (stand_in.pid(), SIGCONT as u32));
+        }
+        send(SIGSTOP);
+        drop(stand_in);
     }
 
     #[tokio::test]

@@ -35,7 +35,7 @@ use crate::events::Publisher;
 use crate::logger::Owner;
 use crate::process::{Exit, KILLED, Phase, Process};
 use crate::sandbox::Sandbox;
-use crate::stand_in::{self, Mailbox};
+use crate::stand_in::{self, Mailbox, Stops};
 
 /// At most one event for want of memory in this time, for each container: a hostile guest can make up any number.
 const OOM_INTERVAL: Duration = Duration::from_secs(1);
@@ -127,6 +127,7 @@ impl Tasks {
         socket: PathBuf,
     ) -> io::Result<Arc<Self>> {
         let (mailbox, signals) = stand_in::signals()?;
+        let stops = Stops::new()?;
         let tasks = Arc::new(Self {
             namespace: namespace.to_owned(),
             events,
@@ -144,6 +145,7 @@ impl Tasks {
             closed: Notify::new(),
         });
         tasks.pass_signals_on(signals);
+        tasks.pass_stops_on(stops);
         Ok(tasks)
     }
 

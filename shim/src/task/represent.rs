@@ -11,7 +11,7 @@ use super::{Entry, Tasks, process};
 use crate::annotations::Kind;
 use crate::error::Error;
 use crate::spec;
-use crate::stand_in::{Network, Signals, StandIn};
+use crate::stand_in::{Network, Signals, StandIn, Stops};
 
 impl Tasks {
     /// A stand-in for a container's first process, in the network namespace at a path or in a new one.
@@ -87,17 +87,34 @@ impl Tasks {
                     Err(error) => return log::error!("signals are not passed on: {error}"),
                 };
                 let Some(tasks) = tasks.upgrade() else { return };
-                if let Some((id, exec_id)) = tasks.represented_by(pid) {
-                    let kill = KillRequest {
-                        id,
-                        exec_id,
-                        signal,
-                        ..Default::default()
-                    };
-                    tasks.send_on(kill).await;
-                }
+                tasks.pass_on(pid, signal).await;
             }
         });
+    }
+
+    /// Stops the guest's processes when the host's that stand for them are stopped.
+    pub(super) fn pass_stops_on(self: &Arc<Self>, mut stops: Stops) {
+        let tasks = Arc::downgrade(self);
+        tokio::spawn(async move {
+            loop {
+                let pid = stops.next().await;
+                let Some(tasks) = tasks.upgrade() else { return };
+                tasks.pass_on(pid, libc::SIGSTOP as u32).await;
+            }
+        });
+    }
+
+    /// Sends a signal to what a host's process stands for, if it stands for anything.
+    async fn pass_on(self: &Arc<Self>, pid: u32, signal: u32) {
+        if let Some((id, exec_id)) = self.represented_by(pid) {
+            let kill = KillRequest {
+                id,
+                exec_id,
+                signal,
+                ..Default::default()
+            };
+            self.send_on(kill).await;
+        }
     }
 
     async fn send_on(self: &Arc<Self>, kill: KillRequest) {

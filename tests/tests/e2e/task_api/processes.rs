@@ -372,6 +372,16 @@ fn processes_of_the_host(pod: &Pod, id: &str) -> Notes {
         notes.push(format!("number: {}", state.pid == pid));
         shim.delete(id, exec).unwrap();
     }
+    for (signal, state) in [(Signal::STOP, "T"), (Signal::CONT, "S")] {
+        send(init, signal);
+        let script = format!("until grep -q '^State:.{state}' /proc/1/status; do :; done");
+        shim.exec(id, state, &["sh", "-c", &script], &nothing)
+            .unwrap();
+        shim.start(id, state).unwrap();
+        let seen = shim.wait(id, state).unwrap().exit_status;
+        notes.push(format!("{state}: {seen}"));
+        shim.delete(id, state).unwrap();
+    }
     send(init, Signal::KILL);
     notes.push(format!("init: {}", shim.wait(id, "").unwrap().exit_status));
     notes.push(format!("there: {}", there(init)));
