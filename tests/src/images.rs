@@ -84,7 +84,9 @@ fn busybox() -> Result<Layer> {
     let package = debian::download("busybox-static", work.path())?;
     let mut unpack = Command::new("dpkg-deb");
     process::output(unpack.arg("--extract").arg(&package).arg(work.path()))?;
-    let program = work.path().join("bin/busybox");
+    // Where it is depends on the release.
+    let [newer, older] = ["usr/bin/busybox", "bin/busybox"].map(|place| work.path().join(place));
+    let program = if newer.exists() { newer } else { older };
     let commands = process::output(Command::new(&program).arg("--list"))?;
     let program = fs::read(&program).or_cannot(format!("read {}", program.display()))?;
     busybox_layer(&program, &commands).or_cannot("write the busybox layer")
