@@ -24,7 +24,6 @@ pub enum Error {
 /// Leaf 1.
 const ECX_VMX: u32 = 1 << 5;
 const ECX_PDCM: u32 = 1 << 15;
-const ECX_X2APIC: u32 = 1 << 21;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 const EDX_HTT: u32 = 1 << 28;
@@ -160,12 +159,6 @@ impl Template {
             .find(|entry| (entry.function, entry.index) == (0xd, 0))
             .map(|entry| u64::from(entry.edx) << 32 | u64::from(entry.eax))
             .filter(|components| *components != 0)
-    }
-
-    /// Whether the local APICs can be reached as model-specific registers.
-    pub fn has_x2apic(&self) -> bool {
-        let mut entries = self.entries.iter();
-        entries.any(|entry| entry.function == 0x1 && entry.ecx & ECX_X2APIC != 0)
     }
 
     /// Whether the processors are Intel's.

@@ -12,7 +12,6 @@ use crate::boot::registers;
 use crate::coalesced::Ring;
 use crate::control::StopReason;
 use crate::cpuid;
-use crate::memory::LOCAL_APIC;
 use crate::platform::Platform;
 use crate::stop::Stopper;
 
@@ -23,12 +22,6 @@ const FAST_STRINGS: u64 = 1 << 0;
 /// `IA32_MTRR_DEF_TYPE`: memory type ranges enabled (bit 11), and everything write-back (type 6), as firmware leaves it.
 const MTRR_DEF_TYPE: u32 = 0x2ff;
 const ALL_WRITE_BACK: u64 = 1 << 11 | 6;
-
-/// `IA32_APIC_BASE` (Intel SDM volume 3, section 10.4.4): the first processor, registers by `RDMSR` and `WRMSR` (x2APIC), enabled.
-const APIC_BASE: u32 = 0x1b;
-const APIC_FIRST: u64 = 1 << 8;
-const APIC_X2: u64 = 1 << 10;
-const APIC_ENABLED: u64 = 1 << 11;
 
 /// Why a processor cannot be set up.
 #[derive(Debug, thiserror::Error)]
@@ -91,12 +84,6 @@ impl Vcpu {
         let mut registers = vec![(MTRR_DEF_TYPE, ALL_WRITE_BACK)];
         if template.is_intel() {
             registers.push((MISC_ENABLE, FAST_STRINGS));
-        }
-        // As firmware may leave it, for Linux does not ask for it on a machine without an I/O APIC. An access to a register in
-        // memory is one that KVM interprets, instruction and all; an access to these it is told of.
-        if template.has_x2apic() {
-            let first = if id == 0 { APIC_FIRST } else { 0 };
-            registers.push((APIC_BASE, LOCAL_APIC | APIC_ENABLED | APIC_X2 | first));
         }
         let entries: Vec<_> = registers
             .into_iter()

@@ -97,7 +97,7 @@ fn all_processors_start_and_run_at_once() {
             code.extend(at.to_le_bytes());
             code.push(byte);
         }
-        // The local APICs are x2APICs from the start.
+        code.extend(wrmsr(0x1b, 0xfee0_0d00)); // enable the local APIC as an x2APIC
         code.extend(wrmsr(0x830, 0x000c_4500)); // INIT to all others
         code.extend(wrmsr(0x830, 0x000c_4610)); // start at 0x10 pages, to all others
         code.extend([
@@ -449,10 +449,10 @@ fn started_by_hand_it_says_what_it_is() {
 
 #[test]
 fn the_kernel_is_entered_as_the_boot_protocol_says() {
-    // Prints the byte of the command line behind "noapic x2apic_phys ", which it finds through the boot parameters.
+    // Prints the byte of the command line behind "noapic ", which it finds through the boot parameters.
     let code = [
         &[0x8b, 0x86, 0x28, 0x02, 0x00, 0x00][..], // mov eax, [rsi + 0x228] (cmd_line_ptr)
-        &[0x8a, 0x40, 0x13],                       // mov al, [rax + 19]
+        &[0x8a, 0x40, 0x07],                       // mov al, [rax + 7]
         &[0x66, 0xba, 0xf8, 0x03, 0xee],           // mov dx, 0x3f8; out dx, al
         &RESET,
         &HALT,

@@ -9,9 +9,8 @@ use super::{COMMAND_LINE, CONVENTIONAL_END, EXTENDED_START, MP_TABLE, ZERO_PAGE}
 use crate::memory::GuestRam;
 
 /// What Linux must know of this machine, before what it is asked for: there is no I/O APIC, and the 8259s are wired to the first
-/// processor. (Linux would otherwise cut that wire, and the console's terminal would never get its interrupt.) And MSI-X has room
-/// for a processor's number, but not for the clusters of processors that Linux would make of x2APICs.
-const PLATFORM: &str = "noapic x2apic_phys ";
+/// processor. (Linux would otherwise cut that wire, and the console's terminal would never get its interrupt.)
+const PLATFORM: &str = "noapic ";
 
 /// The most bytes of a command line: Linux has room for 2,048 with the closing NUL (`COMMAND_LINE_SIZE`).
 pub const MAX_COMMAND_LINE: usize = 2047 - PLATFORM.len();
@@ -121,17 +120,17 @@ mod tests {
         write(&ram, "quiet root=/dev/vda").unwrap();
         let params: boot_params = ram.read_obj(GuestAddress(ZERO_PAGE)).unwrap();
         assert_eq!(params.e820_entries, 3);
-        let mut bytes = [0; 39];
+        let mut bytes = [0; 27];
         ram.read_slice(&mut bytes, GuestAddress(params.hdr.cmd_line_ptr.into()))
             .unwrap();
-        assert_eq!(&bytes, b"noapic x2apic_phys quiet root=/dev/vda\0");
+        assert_eq!(&bytes, b"noapic quiet root=/dev/vda\0");
     }
 
     #[test]
     fn a_command_line_that_linux_would_cut_is_refused() {
         let longest = "x".repeat(MAX_COMMAND_LINE);
         check(&longest).unwrap();
-        assert!(matches!(check(&(longest + "x")), Err(Error::TooLong(2029))));
+        assert!(matches!(check(&(longest + "x")), Err(Error::TooLong(2041))));
         assert!(matches!(check("quiet\0init=/bin/sh"), Err(Error::Nul(5))));
     }
 }
