@@ -123,6 +123,11 @@ impl Pod {
         let mut result = Ok(());
         while let Some(call) = self.calls.pop() {
             result = result.and(self.call("DEL", &call).map(drop));
+            // The plugin leaves its bridge, whose addresses would be in the way of the next one with the same network.
+            if let Some(bridge) = call.config["bridge"].as_str() {
+                let mut ip = Command::new("ip");
+                result = result.and(process::output(ip.args(["link", "delete", bridge])).map(drop));
+            }
         }
         let path = self.path();
         // It is removed once.
