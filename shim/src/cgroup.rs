@@ -4,19 +4,24 @@
 use std::ffi::{CStr, CString};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
-use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 use std::ptr;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-/// How long the removal of a cgroup waits for processes, or threads of this one, that are on their way out. containerd gives
-/// Shutdown three seconds in all, and `delete` five.
+use crate::readiness::happens;
+
+/// How long the removal of a dead shim's cgroup waits for processes that are on their way out. containerd gives `delete` five
+/// seconds in all.
 const END_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a shim that leaves its cgroup waits for processes, or threads of its own, that are on their way out. Nobody waits for
+/// it then, but nobody else would remove the cgroup either.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(20);
 
 /// The extended attribute of the cgroups that Bulkhead made, so that whoever is the last to leave may remove them.
 const MARK: &CStr = c"trusted.bulkhead";
@@ -265,18 +270,26 @@ impl Stay {
             .map(|hierarchy| join(&hierarchy.current));
         // Every one is tried; the first failure is the one to tell.
         let moved = moved.fold(Ok(()), Result::and);
-        moved.and(remove_from(&self.hierarchies, &self.directory))
+        moved.and(remove_from(
+            &self.hierarchies,
+            &self.directory,
+            LEAVE_PATIENCE,
+        ))
     }
 }
 
 /// Removes the cgroup of a shim that is dead, and its parents like [`Stay::leave`]. Waits until the processes in it, which
 /// are ending, are gone.
 pub fn remove(directory: &Path) -> Result<(), Error> {
-    remove_from(&Hierarchy::all()?, directory)
+    remove_from(&Hierarchy::all()?, directory, END_PATIENCE)
 }
 
-fn remove_from(hierarchies: &[Hierarchy], directory: &Path) -> Result<(), Error> {
-    let deadline = Instant::now() + END_PATIENCE;
+fn remove_from(
+    hierarchies: &[Hierarchy],
+    directory: &Path,
+    patience: Duration,
+) -> Result<(), Error> {
+    let deadline = Instant::now() + patience;
     // What leaves one hierarchy leaves all, and only version 2 tells when.
     match hierarchies
         .iter()
@@ -325,7 +338,7 @@ fn wait_until_empty(directory: &Path, deadline: Instant) {
         let left = deadline.saturating_duration_since(Instant::now());
         if read.is_err()
             || !text.contains("populated 1")
-            || !becomes(&events, PollFlags::POLLPRI, left)
+            || !happens(&events, PollFlags::POLLPRI, left).unwrap_or(false)
         {
             return;
         }
@@ -346,7 +359,7 @@ fn wait_for_threads(directory: &Path, deadline: Instant) {
         let left = deadline.saturating_duration_since(Instant::now());
         let ended = match process_of(thread).map(|process| pidfd_open(process, PidfdFlags::empty()))
         {
-            Some(Ok(process)) => becomes(process, PollFlags::POLLIN, left),
+            Some(Ok(process)) => happens(process, PollFlags::POLLIN, left).unwrap_or(false),
             // EINVAL: its threads are gone, but its number is still being given back.
             Some(Err(errno)) => matches!(errno, Errno::SRCH | Errno::INVAL),
             None => true,
@@ -362,13 +375,6 @@ fn process_of(thread: i32) -> Option<Pid> {
     let status = fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
     let process = status.lines().find_map(|line| line.strip_prefix("Tgid:"))?;
     Pid::from_raw(process.trim().parse().ok()?)
-}
-
-/// Whether a descriptor's event happens before `patience` is over.
-fn becomes(descriptor: impl AsFd, event: PollFlags, patience: Duration) -> bool {
-    let mut wanted = [PollFd::new(descriptor.as_fd(), event)];
-    let patience = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
-    poll(&mut wanted, patience).is_ok_and(|count| count > 0)
 }
 
 /// Moves this process into a cgroup.

@@ -3,7 +3,10 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -14,6 +17,20 @@ pub fn register(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<O
     // it has taken it out of the reactor.
     let registered = unsafe { AsyncFd::register_with_interest(descriptor, interest) };
     registered.map_err(io::Error::from)
+}
+
+/// Blocks until something happens to a descriptor; whether it does before `patience` is over. Signals, like those of children that end,
+/// are no reason to give up.
+pub fn happens(descriptor: impl AsFd, event: PollFlags, patience: Duration) -> io::Result<bool> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(descriptor.as_fd(), event)], left) {
+            Err(Errno::EINTR) => {}
+            count => return Ok(count? > 0),
+        }
+    }
 }
 
 /// An inotify watch on one file or directory.
@@ -33,5 +50,43 @@ impl Watch {
         let mut buffer = [0; 4096];
         let read = |fd: &OwnedFd| Ok(nix::unistd::read(fd.as_fd(), &mut buffer)?);
         self.0.async_io(Interest::READABLE, read).await.map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::thread::JoinHandleExt;
+
+    use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+
+    use super::*;
+
+    extern "C" fn nothing(_: libc::c_int) {}
+
+    #[test]
+    fn signals_do_not_end_the_wait() {
+        let action = SigAction::new(
+            SigHandler::Handler(nothing),
+            SaFlags::SA_RESTART,
+            SigSet::empty(),
+        );
+        // SAFETY: the handler does nothing, and nobody else in these tests has one for this signal.
+        unsafe { sigaction(Signal::SIGUSR2, &action) }.unwrap();
+        let (reader, mut writer) = io::pipe().unwrap();
+        let patience = Duration::from_secs(600);
+        let waiting = std::thread::spawn(move || happens(reader, PollFlags::POLLIN, patience));
+        for _ in 0..10_000 {
+            // SAFETY: the thread is not joined yet, so its handle is good.
+            unsafe { libc::pthread_kill(waiting.as_pthread_t(), libc::SIGUSR2) };
+        }
+        writer.write_all(b"x").unwrap();
+        assert!(waiting.join().unwrap().unwrap());
+    }
+
+    #[test]
+    fn patience_ends() {
+        let (reader, _writer) = io::pipe().unwrap();
+        assert!(!happens(reader, PollFlags::POLLIN, Duration::from_millis(1)).unwrap());
     }
 }

@@ -2,14 +2,16 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
+
+use crate::readiness::happens;
 
 /// The file's name in the bundle of the shim's first task.
 const FILE: &str = "bulkhead.json";
@@ -80,7 +82,7 @@ impl ProcessId {
             Ok(()) | Err(Errno::SRCH) => {}
             Err(errno) => return Err(errno.into()),
         }
-        if has_ended(&pidfd, patience)? {
+        if happens(&pidfd, PollFlags::POLLIN, patience)? {
             return Ok(());
         }
         let process = self.pid;
@@ -91,7 +93,7 @@ impl ProcessId {
     /// Waits until the process is gone, at most for `patience`. Whether it is, [`kill`](Self::kill) tells.
     pub fn wait(&self, patience: Duration) {
         if let Ok(Some(pidfd)) = self.open() {
-            let _ = has_ended(&pidfd, patience);
+            let _ = happens(&pidfd, PollFlags::POLLIN, patience);
         }
     }
 
@@ -118,13 +120,6 @@ impl ProcessId {
 /// Whether a file of `/proc/PID` could not be opened, or not read, because the process has ended.
 fn is_of_no_process(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
-}
-
-/// Whether a process is gone before `patience` is over.
-fn has_ended(pidfd: &OwnedFd, patience: Duration) -> io::Result<bool> {
-    let timeout = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
-    let mut fds = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-    Ok(poll(&mut fds, timeout)? > 0)
 }
 
 #[cfg(test)]
