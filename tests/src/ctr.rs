@@ -149,7 +149,16 @@ impl World {
 
     /// Checks that nothing is left behind. Every test ends with this.
     pub fn finish(self) -> Result<()> {
-        self.settle()
+        let settled = self.settle();
+        if settled.is_err() {
+            self.show_log();
+        }
+        settled
+    }
+
+    fn show_log(&self) {
+        let log = step::tail(&self.site.log(), LOG_LINES);
+        eprintln!("containerd's last lines:\n{log}");
     }
 
     /// Removes every task and every container.
@@ -175,8 +184,7 @@ impl Drop for World {
     fn drop(&mut self) {
         // A test that fails in the middle must not spoil those after it.
         if thread::panicking() {
-            let log = step::tail(&self.site.log(), LOG_LINES);
-            eprintln!("containerd's last lines:\n{log}");
+            self.show_log();
             if let Err(error) = self.clear() {
                 eprintln!("clearing up after the failed test: {error}");
             }
