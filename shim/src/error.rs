@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use ttrpc::{Code, get_status};
 
@@ -89,6 +90,8 @@ pub enum Error {
         "the connection to the microVM's agent broke ({0}); what became of the request is not known"
     )]
     Disconnected(ttrpc::Error),
+    #[error("the guest has not answered for {} s", .0.as_secs())]
+    Silent(Duration),
     #[error("the shim is shutting down")]
     ShuttingDown,
 }
@@ -165,6 +168,7 @@ impl Error {
                 | machine::Error::Refused { .. } => Code::INTERNAL,
             },
             Self::Agent { code, .. } => *code,
+            Self::Silent(_) => Code::DEADLINE_EXCEEDED,
             Self::Disconnected(_) | Self::ShuttingDown => Code::UNAVAILABLE,
         }
     }

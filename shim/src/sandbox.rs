@@ -26,6 +26,9 @@ use crate::streams::{Ends, Names, Streams};
 /// Random bytes for the guest's entropy pool: what its kernel needs to be ready at once.
 const ENTROPY: usize = 64;
 
+/// How long a guest may take to let disks go.
+const DETACH_PATIENCE: Duration = Duration::from_secs(10);
+
 /// The machine, before, while and after it runs.
 #[derive(Debug, Default)]
 pub struct Sandbox {
@@ -210,8 +213,18 @@ impl Sandbox {
         Ok(slots)
     }
 
-    /// Has the guest let disks go, and takes them away. A machine that has ended has none.
+    /// Has the guest let disks go, and takes them away. A machine that has ended has none. A disk of which the guest does not
+    /// let go in time stays attached.
     pub async fn detach(&self, slots: &[u8]) {
+        if tokio::time::timeout(DETACH_PATIENCE, self.try_detach(slots))
+            .await
+            .is_err()
+        {
+            log::warn!("the guest has not let its disks {slots:?} go for {DETACH_PATIENCE:?}");
+        }
+    }
+
+    async fn try_detach(&self, slots: &[u8]) {
         let Ok(machine) = self.machine() else { return };
         if slots.is_empty() {
             return;

@@ -878,6 +878,18 @@ async fn a_pod_outlives_its_containers() {
         host.expect(&["create", "start", &format!("exit c1 {round}"), "delete"])
             .await;
     }
+    let bundle = host.bundle("c3", &["sticky", "0"], annotations("container"));
+    pod.task
+        .create(context(), &host.create_request(&bundle))
+        .await
+        .unwrap();
+    pod.start("c3", "").await.unwrap();
+    pod.wait("c3", "").await.unwrap();
+    let error = pod.delete("c3", "").await.unwrap_err();
+    assert_eq!(code(&error), Code::DEADLINE_EXCEEDED, "{error}");
+    pod.delete("c3", "").await.unwrap();
+    host.expect(&["create", "start", "exit c3 0", "delete"])
+        .await;
     let bundle = host.bundle("c2", &["wait"], annotations("container"));
     pod.task
         .create(context(), &host.create_request(&bundle))
