@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, netlink};
 
 use crate::error::{Context, Error};
+use crate::protocol::PCI_SLOTS;
 
 /// The device node of the disk in a slot of bus 0, or of one of its partitions.
 pub fn node(slot: u8, partition: Option<u32>) -> Result<PathBuf, Error> {
@@ -63,6 +64,12 @@ pub fn look_for<T>(
         Some(virtio) => find(&virtio),
         None => Ok(None),
     }
+}
+
+/// The slot that a request names.
+pub fn slot(number: u32) -> Result<u8, Error> {
+    let slot = u8::try_from(number).ok().filter(|&slot| slot < PCI_SLOTS);
+    slot.ok_or_else(|| Error::InvalidArgument(format!("no PCI slot {number}")))
 }
 
 /// Whether the kernel knows a device in a slot of bus 0.

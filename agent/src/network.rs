@@ -82,7 +82,7 @@ pub fn apply(request: &SetNetworkRequest, indices: &[u32]) -> Result<(), Error> 
 ///
 /// The first thing that cannot be done is named, and everything else is done.
 pub fn change(request: &ChangeNetworkRequest) -> Result<(), Error> {
-    let is_known = |interface: &&Interface| slot(interface).is_ok_and(disk::is_known);
+    let is_known = |interface: &&Interface| disk::slot(interface.slot).is_ok_and(disk::is_known);
     let (old, fresh): (Vec<_>, Vec<_>) = request.changed.iter().partition(is_known);
     // What is not there any more, a container has put elsewhere.
     let look = |interface| Some((interface, look_for(interface).ok()?));
@@ -96,7 +96,7 @@ pub fn change(request: &ChangeNetworkRequest) -> Result<(), Error> {
     let mut result = retract(&request.removed, &before);
     for interface in &request.gone {
         let name = || format!("letting the network interface {:?} go", interface.name);
-        let gone = slot(interface).and_then(|slot| disk::let_go(slot).context(name));
+        let gone = disk::slot(interface.slot).and_then(|slot| disk::let_go(slot).context(name));
         result = result.and(gone);
     }
     for interface in fresh {
@@ -183,22 +183,16 @@ pub fn retract(messages: &[Vec<u8>], known: &[Numbers]) -> Result<(), Error> {
     result
 }
 
-/// The slot that a request names.
-fn slot(interface: &Interface) -> Result<u8, Error> {
-    let slot = u8::try_from(interface.slot).ok().filter(|&slot| slot < 32);
-    slot.ok_or_else(|| invalid(format!("no PCI slot {}", interface.slot)))
-}
-
 /// The guest's number of an interface, once its driver is ready.
 fn wait_for(interface: &Interface) -> Result<u32, Error> {
     let name = || format!("the network interface {:?}", interface.name);
-    disk::wait_for(slot(interface)?, name, read_index)
+    disk::wait_for(disk::slot(interface.slot)?, name, read_index)
 }
 
 /// The guest's number of an interface that was there before.
 fn look_for(interface: &Interface) -> Result<u32, Error> {
     let name = || format!("the network interface {:?}", interface.name);
-    let found = disk::look_for(slot(interface)?, read_index).context(name)?;
+    let found = disk::look_for(disk::slot(interface.slot)?, read_index).context(name)?;
     found.ok_or_else(|| Error::NotFound(format!("{}: it is not there any more", name())))
 }
 

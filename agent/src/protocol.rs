@@ -79,6 +79,9 @@ pub fn disk_source(slot: u8, partition: Option<u32>) -> String {
     }
 }
 
+/// How many device numbers a PCI bus has.
+pub const PCI_SLOTS: u8 = 32;
+
 /// Reads what [`disk_source`] wrote: PCI device number and partition.
 pub fn parse_disk_source(source: &str) -> Option<(u8, Option<u32>)> {
     let rest = source.strip_prefix("pci:")?;
@@ -86,7 +89,7 @@ pub fn parse_disk_source(source: &str) -> Option<(u8, Option<u32>)> {
         Some((slot, partition)) => (slot, Some(partition.parse().ok().filter(|&p| p > 0)?)),
         None => (rest, None),
     };
-    Some((slot.parse().ok().filter(|&s| s < 32)?, partition))
+    Some((slot.parse().ok().filter(|&s| s < PCI_SLOTS)?, partition))
 }
 
 /// Names the namespace of a container, as the path of a namespace that another container joins.

@@ -60,7 +60,7 @@ impl SandboxService {
 /// Mounts the scratch disk, unless an earlier call has.
 fn mount_scratch(slot: u32, place: &Path) -> Result<(), Error> {
     let what = || format!("mounting the scratch disk in PCI slot {slot}");
-    let slot = pci_slot(slot, what)?;
+    let slot = disk::slot(slot)?;
     let device = |path: &Path| rustix::fs::stat(path).map(|found| found.st_dev);
     let above = place.parent().unwrap_or(place);
     if device(place).context(what)? != device(above).context(what)? {
@@ -68,12 +68,6 @@ fn mount_scratch(slot: u32, place: &Path) -> Result<(), Error> {
     }
     let node = disk::node(slot, None)?;
     rustix::mount::mount(&node, place, "ext4", MountFlags::NOATIME, None).context(what)
-}
-
-/// A slot of the PCI bus.
-fn pci_slot(number: u32, what: impl Fn() -> String) -> Result<u8, Error> {
-    let slot = u8::try_from(number).ok().filter(|&slot| slot < 32);
-    slot.ok_or_else(|| Error::InvalidArgument(format!("{}: no such slot", what())))
 }
 
 #[async_trait]
@@ -110,8 +104,7 @@ impl Sandbox for SandboxService {
     ) -> ttrpc::Result<LetGoResponse> {
         let mut result = Ok(());
         for slot in request.slots {
-            let gone = pci_slot(slot, || format!("letting the disk in PCI slot {slot} go"));
-            result = result.and(gone.and_then(disk::let_unused_go));
+            result = result.and(disk::slot(slot).and_then(disk::let_unused_go));
         }
         result?;
         Ok(LetGoResponse::new())
