@@ -187,9 +187,8 @@ impl Agent {
         let (parent, end) = channel::pair()?;
         let owner = container.mappings.user(process.program.uid.as_raw());
         let (stdio, relays) = stdio::prepare(process, owner, self.null())?;
-        let mut program = process.program.clone();
-        // Asked for since it was described: its program must not find another.
-        program.size = process.size();
+        // Perhaps asked for since it was described: its program must not find another.
+        let size = process.size();
         let own = container.built.namespaces.entered() & sys::CLONE_NEWPID != 0;
         let fork = self.in_pid_namespace(own.then_some(target.as_fd()), || {
             sys::fork_into(0, Some(container.cgroup.directory()))
@@ -197,7 +196,14 @@ impl Agent {
         match fork.context(|| format!("making a process in container {id:?}"))? {
             Fork::Child => {
                 let target = target.as_fd();
-                child::exec(&container.built, &program, target, stdio, &end)
+                child::exec(
+                    &container.built,
+                    &process.program,
+                    size,
+                    target,
+                    stdio,
+                    &end,
+                )
             }
             Fork::Parent(pid, descriptor) => {
                 let owner = Owner::Member(container.clone(), process.clone());

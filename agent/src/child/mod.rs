@@ -29,6 +29,7 @@ use std::path::PathBuf;
 use oci_spec::runtime::{Hook, LinuxDevice};
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
+use rustix::termios::Winsize;
 
 use crate::error::{Context, Error};
 use crate::oci::Namespaces;
@@ -101,15 +102,20 @@ pub fn init(
     end(enter(), channel)
 }
 
-/// A further process of a container whose init is `target` (a pidfd): joins its namespaces and becomes the program.
+/// A further process of a container whose init is `target` (a pidfd): joins its namespaces and becomes the program, in a terminal of
+/// that size if it has one.
 pub fn exec(
     container: &Container,
     program: &Program,
+    size: Option<Winsize>,
     target: BorrowedFd<'_>,
     stdio: Option<Stdio>,
     channel: &Child,
 ) -> ! {
-    end(join(container, program, target, stdio, channel), channel)
+    end(
+        join(container, program, size, target, stdio, channel),
+        channel,
+    )
 }
 
 fn end(result: Result<Infallible, Error>, channel: &Child) -> ! {
@@ -180,7 +186,7 @@ fn build(
         devices::make(&devices)?;
     }
     let terminal = match program.terminal {
-        true => Some(terminal::open(program, true, channel)?),
+        true => Some(terminal::open(program, program.size, true, channel)?),
         false => None,
     };
     if !program.directory.exists() {
@@ -221,6 +227,7 @@ fn build(
 fn join(
     container: &Container,
     program: &Program,
+    size: Option<Winsize>,
     target: BorrowedFd<'_>,
     stdio: Option<Stdio>,
     channel: &Child,
@@ -239,7 +246,7 @@ fn join(
         sys::personality(personality).context(|| "setting the personality".into())?;
     }
     let terminal = match program.terminal {
-        true => Some(terminal::open(program, false, channel)?),
+        true => Some(terminal::open(program, size, false, channel)?),
         false => None,
     };
     connect(terminal, stdio)?;

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
+use rustix::termios::Winsize;
 
 use super::channel::Child;
 use super::mounts::clone_of;
@@ -17,7 +18,12 @@ const DEVPTS_SUPER_MAGIC: u64 = 0x1cd1;
 
 /// Opens a terminal for a program, makes it the process's controlling one, hands its other end to the agent and returns this one. With `console`
 /// it appears at `/dev/console` too.
-pub fn open(program: &Program, console: bool, channel: &Child) -> Result<OwnedFd, Error> {
+pub fn open(
+    program: &Program,
+    size: Option<Winsize>,
+    console: bool,
+    channel: &Child,
+) -> Result<OwnedFd, Error> {
     let what = || "opening a terminal in the container's /dev/pts".to_owned();
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
     let controller = rustix::fs::open("/dev/pts/ptmx", flags, Mode::empty()).context(what)?;
@@ -31,7 +37,7 @@ pub fn open(program: &Program, console: bool, channel: &Child) -> Result<OwnedFd
     unlockpt(&controller).context(what)?;
     let peer = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let terminal = ioctl_tiocgptpeer(&controller, peer).context(what)?;
-    if let Some(size) = program.size {
+    if let Some(size) = size {
         rustix::termios::tcsetwinsize(&terminal, size)
             .context(|| "setting the terminal's size".into())?;
     }
