@@ -114,7 +114,8 @@ fn settle(
         tv_nsec: 0,
     };
     let mut poll = [PollFd::from_borrowed_fd(descriptor.as_fd(), wanted)];
-    if rustix::event::poll(&mut poll, Some(&now))? == 0 {
+    // A signal, like that of a child that ended, interrupts it though it does not wait.
+    if rustix::io::retry_on_intr(|| rustix::event::poll(&mut poll, Some(&now)))? == 0 {
         guard.clear_ready();
     }
     Ok(())

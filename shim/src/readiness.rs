@@ -19,8 +19,8 @@ pub fn register(descriptor: OwnedFd, interest: Interest) -> io::Result<AsyncFd<O
     registered.map_err(io::Error::from)
 }
 
-/// Blocks until something happens to a descriptor; whether it does before `patience` is over. Signals, like those of children that end,
-/// are no reason to give up.
+/// Blocks until something happens to a descriptor; whether it does before `patience` is over, or without any has happened already. Signals, like
+/// those of children that end, are no reason to give up: they interrupt poll(2) even if it is not to wait.
 pub fn happens(descriptor: impl AsFd, event: PollFlags, patience: Duration) -> io::Result<bool> {
     let deadline = Instant::now() + patience;
     loop {
@@ -57,6 +57,7 @@ impl Watch {
 mod tests {
     use std::io::Write;
     use std::os::unix::thread::JoinHandleExt;
+    use std::sync::mpsc::{self, TryRecvError};
 
     use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
@@ -65,7 +66,7 @@ mod tests {
     extern "C" fn nothing(_: libc::c_int) {}
 
     #[test]
-    fn signals_do_not_end_the_wait() {
+    fn signals_are_no_reason_to_give_up() {
         let action = SigAction::new(
             SigHandler::Handler(nothing),
             SaFlags::SA_RESTART,
@@ -74,14 +75,22 @@ mod tests {
         // SAFETY: the handler does nothing, and nobody else in these tests has one for this signal.
         unsafe { sigaction(Signal::SIGUSR2, &action) }.unwrap();
         let (reader, mut writer) = io::pipe().unwrap();
-        let patience = Duration::from_secs(600);
-        let waiting = std::thread::spawn(move || happens(reader, PollFlags::POLLIN, patience));
-        for _ in 0..10_000 {
-            // SAFETY: the thread is not joined yet, so its handle is good.
-            unsafe { libc::pthread_kill(waiting.as_pthread_t(), libc::SIGUSR2) };
+        let (looked, has_looked) = mpsc::channel();
+        let interrupted = std::thread::spawn(move || {
+            for _ in 0..10_000 {
+                assert!(!happens(&reader, PollFlags::POLLIN, Duration::ZERO).unwrap());
+            }
+            looked.send(()).unwrap();
+            happens(&reader, PollFlags::POLLIN, Duration::from_secs(600))
+        });
+        // SAFETY: the thread is not joined yet, so its handle is good.
+        let interrupt = || unsafe { libc::pthread_kill(interrupted.as_pthread_t(), libc::SIGUSR2) };
+        while has_looked.try_recv() == Err(TryRecvError::Empty) {
+            (0..1_000).for_each(|_| drop(interrupt()));
         }
+        (0..10_000).for_each(|_| drop(interrupt()));
         writer.write_all(b"x").unwrap();
-        assert!(waiting.join().unwrap().unwrap());
+        assert!(interrupted.join().unwrap().unwrap());
     }
 
     #[test]

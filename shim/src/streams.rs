@@ -8,14 +8,15 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{SpliceFFlags, splice};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 use nix::sys::inotify::AddWatchFlags;
 use nix::sys::socket::{Shutdown, shutdown};
 use rustix::io::ioctl_fionread;
@@ -26,7 +27,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
 use crate::logger::{self, Owner};
-use crate::readiness::{Watch, register};
+use crate::readiness::{Watch, happens, register};
 
 /// How much one splice may move; a pipe's capacity is the real limit.
 const MAX_SPLICE: usize = 1 << 20;
@@ -429,12 +430,9 @@ impl Pipe {
 }
 
 fn has_reader(writer: &AsyncFd<OwnedFd>) -> io::Result<bool> {
-    let mut fds = [PollFd::new(writer.as_fd(), PollFlags::empty())];
-    poll(&mut fds, PollTimeout::ZERO)?;
-    let [fd] = fds;
-    Ok(!fd
-        .revents()
-        .is_some_and(|events| events.contains(PollFlags::POLLERR)))
+    // Without a reader there is an error, which need not be asked for.
+    let broken = happens(writer.get_ref(), PollFlags::empty(), Duration::ZERO)?;
+    Ok(!broken)
 }
 
 /// Moves bytes until the end of the data. One side is a pipe, the other a socket.
@@ -464,11 +462,9 @@ async fn splice_all(from: &AsyncFd<OwnedFd>, to: &AsyncFd<OwnedFd>) -> io::Resul
 
 /// Waits until poll(2) says that a descriptor is ready: splice does not tell which of its two it had to wait for.
 async fn is_ready(fd: &AsyncFd<OwnedFd>, interest: Interest, events: PollFlags) -> io::Result<()> {
-    fd.async_io(interest, |fd| {
-        match poll(&mut [PollFd::new(fd.as_fd(), events)], PollTimeout::ZERO)? {
-            0 => Err(io::ErrorKind::WouldBlock.into()),
-            _ => Ok(()),
-        }
+    fd.async_io(interest, |fd| match happens(fd, events, Duration::ZERO)? {
+        true => Ok(()),
+        false => Err(io::ErrorKind::WouldBlock.into()),
     })
     .await
 }

@@ -2,12 +2,13 @@
 //! whether it is still alive.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollFlags;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, Shutdown, SockType, SockaddrLike, SockaddrStorage, getsockname,
     getsockopt, recv, send, shutdown, sockopt,
@@ -16,6 +17,8 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
+
+use crate::readiness::happens;
 
 /// Remembers a stream without keeping it open.
 #[derive(Debug)]
@@ -26,9 +29,8 @@ impl Liveness {
     pub(super) fn alive(&self) -> bool {
         self.0.upgrade().is_some_and(|stream| {
             let hang_up = PollFlags::from_bits_retain(libc::POLLRDHUP);
-            let mut descriptors = [PollFd::new(stream.as_fd(), hang_up)];
             // Any event, also an error or a hang-up, is an end. A poll that fails says nothing, so the stream stands.
-            !matches!(poll(&mut descriptors, PollTimeout::ZERO), Ok(events) if events > 0)
+            !happens(stream.get_ref(), hang_up, Duration::ZERO).unwrap_or(false)
         })
     }
 }
