@@ -83,12 +83,14 @@ mod tests {
             looked.send(()).unwrap();
             happens(&reader, PollFlags::POLLIN, Duration::from_secs(600))
         });
-        // SAFETY: the thread is not joined yet, so its handle is good.
-        let interrupt = || unsafe { libc::pthread_kill(interrupted.as_pthread_t(), libc::SIGUSR2) };
+        let interrupt = |_: u32| {
+            // SAFETY: the thread is not joined yet, so its handle is good.
+            unsafe { libc::pthread_kill(interrupted.as_pthread_t(), libc::SIGUSR2) };
+        };
         while has_looked.try_recv() == Err(TryRecvError::Empty) {
-            (0..1_000).for_each(|_| drop(interrupt()));
+            (0..1_000).for_each(interrupt);
         }
-        (0..10_000).for_each(|_| drop(interrupt()));
+        (0..10_000).for_each(interrupt);
         writer.write_all(b"x").unwrap();
         assert!(interrupted.join().unwrap().unwrap());
     }
