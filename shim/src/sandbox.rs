@@ -19,7 +19,7 @@ use ttrpc::asynchronous::Client;
 
 use crate::disk::DiskFiles;
 use crate::error::Error;
-use crate::machine::{Agent, Machine, MachineSpec, Reason};
+use crate::machine::{self, Agent, Machine, MachineSpec, Reason};
 use crate::network::{self, Follower};
 use crate::streams::{Ends, Names, Streams};
 
@@ -28,6 +28,10 @@ const ENTROPY: usize = 64;
 
 /// How long a guest may take to let disks go.
 const DETACH_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often a guest is asked to let disks go. One that looks for the disk of another container meanwhile finds these too, and takes
+/// them up again.
+const DETACH_ATTEMPTS: u32 = 3;
 
 /// The machine, before, while and after it runs.
 #[derive(Debug, Default)]
@@ -213,24 +217,31 @@ impl Sandbox {
         Ok(slots)
     }
 
-    /// Has the guest let disks go, and takes them away. A machine that has ended has none. A disk of which the guest does not
-    /// let go in time stays attached.
+    /// Has the guest let disks go, and takes them away. A machine that has ended has none. What the guest does not let go in time, or
+    /// takes up again every time, stays attached.
     pub async fn detach(&self, slots: &[u8]) {
-        if tokio::time::timeout(DETACH_PATIENCE, self.try_detach(slots))
-            .await
-            .is_err()
-        {
-            log::warn!("the guest has not let its disks {slots:?} go for {DETACH_PATIENCE:?}");
+        let mut attached = slots.to_vec();
+        let detached = async {
+            for _ in 0..DETACH_ATTEMPTS {
+                self.try_to_detach(&mut attached).await;
+            }
+        };
+        let in_time = tokio::time::timeout(DETACH_PATIENCE, detached).await;
+        if in_time.is_err() || !attached.is_empty() {
+            log::warn!("the guest has not let its disks {attached:?} go");
         }
     }
 
-    async fn try_detach(&self, slots: &[u8]) {
-        let Ok(machine) = self.machine() else { return };
-        if slots.is_empty() {
+    /// Takes out of `attached` what could be taken away.
+    async fn try_to_detach(&self, attached: &mut Vec<u8>) {
+        let Ok(machine) = self.machine() else {
+            return attached.clear();
+        };
+        if attached.is_empty() {
             return;
         }
         let request = LetGoRequest {
-            slots: slots.iter().copied().map(u32::from).collect(),
+            slots: attached.iter().copied().map(u32::from).collect(),
             ..Default::default()
         };
         let let_go = |client| async move {
@@ -239,11 +250,12 @@ impl Sandbox {
                 .await
         };
         if let Err(error) = self.ask_agent(let_go).await {
-            log::warn!("the guest does not let its disks {slots:?} go: {error}");
+            log::warn!("the guest does not let its disks {attached:?} go: {error}");
         }
-        for &slot in slots {
-            if let Err(error) = machine.detach(slot).await {
-                log::warn!("disk {slot} cannot be detached: {error}");
+        for slot in attached.clone() {
+            match machine.detach(slot).await {
+                Ok(()) | Err(machine::Error::Stopped(_)) => attached.retain(|&place| place != slot),
+                Err(error) => log::warn!("disk {slot} cannot be detached: {error}"),
             }
         }
     }
@@ -299,7 +311,7 @@ async fn setup(machine: &Machine, hostname: String, patience: Duration) -> Resul
             let stopped = machine.stop().await;
             match stopped.reason {
                 Reason::Requested => Err(Error::Disconnected(error)),
-                _ => Err(crate::machine::Error::Stopped(stopped).into()),
+                _ => Err(machine::Error::Stopped(stopped).into()),
             }
         }
     }

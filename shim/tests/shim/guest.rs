@@ -1,7 +1,7 @@
 //! The program that runs as the VMM: it has no machine, but speaks for one, and for the agent in it. Containers "run" the few programs
 //! that [`Guest::run`] knows. Nobody sees this process panic, but its exit code is then 101.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
@@ -70,8 +70,21 @@ fn stop(control: &Channel, reason: StopReason) {
 
 /// Answers the shim as a VMM.
 fn serve_control(control: &Channel, opened: &mpsc::UnboundedSender<StdStream>, mut next: u8) {
+    // Of those, none is to be there any more when the next disk comes.
+    let mut refused = HashSet::new();
     while let Ok((request, descriptors)) = control.receive() {
+        if matches!(request, Request::AttachDisk { .. }) {
+            assert_eq!(refused, HashSet::new());
+        }
         let answer = match request {
+            Request::Detach { tag, slot } if refused.insert(slot) => Event::Refused {
+                tag,
+                error: "the guest has taken it up again".into(),
+            },
+            Request::Detach { tag, slot } => {
+                refused.remove(&slot);
+                Event::Detached { tag }
+            }
             Request::AttachDisk { tag, .. }
             | Request::AttachNic { tag, .. }
             | Request::AttachVsock { tag, .. } => {
@@ -85,7 +98,6 @@ fn serve_control(control: &Channel, opened: &mpsc::UnboundedSender<StdStream>, m
                 tag,
                 dropped: Dropped::default(),
             },
-            Request::Detach { tag, .. } => Event::Detached { tag },
             Request::Connect { port } => {
                 assert_eq!(port, STREAM_PORT);
                 for descriptor in descriptors {
