@@ -343,12 +343,9 @@ fn result(message: &Message, flags: u16) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use libc::{IFLA_IFNAME, IFLA_MTU, RTM_GETLINK, RTM_NEWLINK};
 
-    const RTM_NEWLINK: u16 = 16;
-    const RTM_GETLINK: u16 = 18;
-    const IFLA_IFNAME: u16 = 3;
-    const IFLA_MTU: u16 = 4;
+    use super::*;
 
     #[test]
     fn a_message_is_read_as_it_was_made() {

@@ -4,6 +4,10 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use libc::{
+    IFLA_AF_SPEC, IFLA_IFNAME, IFLA_MTU, RTA_IIF, RTA_MULTIPATH, RTA_OIF, RTM_NEWADDR, RTM_NEWLINK,
+    RTM_NEWNEIGH, RTM_NEWROUTE,
+};
 use rustix::io::Errno;
 
 use crate::disk;
@@ -13,16 +17,7 @@ use crate::netlink::{
 };
 use crate::protocol::sandbox::{ChangeNetworkRequest, Interface, SetNetworkRequest};
 
-// Types of messages (linux/rtnetlink.h).
-const RTM_NEWLINK: u16 = 16;
-const RTM_NEWADDR: u16 = 20;
-const RTM_NEWROUTE: u16 = 24;
-const RTM_NEWNEIGH: u16 = 28;
-
-// Attributes of an interface (linux/if_link.h).
-const IFLA_IFNAME: u16 = 3;
-const IFLA_MTU: u16 = 4;
-const IFLA_AF_SPEC: u16 = 26;
+/// An attribute of an interface, of its IPv6 (linux/if_link.h).
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 /// The kernel makes no address of its own.
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
@@ -33,11 +28,8 @@ const LOOPBACK: u32 = 1;
 /// Where an address and a neighbour have the number of their interface (`struct ifaddrmsg`, `struct ndmsg`).
 const INDEX: usize = 4;
 
-/// Length of `struct rtmsg`, and the attributes of a route that hold numbers of interfaces.
+/// Length of `struct rtmsg`.
 const RTMSG: usize = 12;
-const RTA_IIF: u16 = 3;
-const RTA_OIF: u16 = 4;
-const RTA_MULTIPATH: u16 = 9;
 /// Where one of a route's several next hops (`struct rtnexthop`) has its interface, and how long it is at least.
 const NEXT_HOP_INDEX: usize = 4;
 const NEXT_HOP: usize = 8;

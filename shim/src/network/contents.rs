@@ -3,18 +3,14 @@
 use std::net::IpAddr;
 
 use bulkhead_agent::netlink::{Message, Socket, attribute, attributes, number, text};
+use libc::{
+    IFA_ADDRESS, IFA_F_DADFAILED, IFA_F_NODAD, IFA_F_NOPREFIXROUTE, IFA_F_TENTATIVE, IFA_FLAGS,
+    IFA_LOCAL, IFLA_ADDRESS, IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_LINKINFO, IFLA_MTU,
+    IFLA_TXQLEN, RT_TABLE_LOCAL, RTA_MULTIPATH, RTA_OIF, RTM_F_CLONED, RTM_GETADDR, RTM_GETLINK,
+    RTM_GETNEIGH, RTM_GETQDISC, RTM_GETROUTE, RTM_NEWADDR, RTM_NEWNEIGH, RTM_NEWROUTE,
+};
 
 use super::{Error, Hook, Interface, TAP_PREFIX};
-
-// Types of messages (linux/rtnetlink.h).
-const RTM_GETLINK: u16 = 18;
-const RTM_NEWADDR: u16 = 20;
-const RTM_GETADDR: u16 = 22;
-const RTM_NEWROUTE: u16 = 24;
-const RTM_GETROUTE: u16 = 26;
-const RTM_NEWNEIGH: u16 = 28;
-const RTM_GETNEIGH: u16 = 30;
-const RTM_GETQDISC: u16 = 38;
 
 /// Lengths of the structures that the messages begin with: `ifinfomsg`, `ifaddrmsg`, `rtmsg`, `ndmsg`, `tcmsg`.
 const IFINFOMSG: usize = 16;
@@ -26,15 +22,7 @@ const TCMSG: usize = 20;
 /// Where `ifinfomsg`, `ifaddrmsg`, `ndmsg` and `tcmsg` have the number of the interface.
 const INDEX: usize = 4;
 
-// Attributes of an interface (linux/if_link.h).
-const IFLA_ADDRESS: u16 = 1;
-const IFLA_IFNAME: u16 = 3;
-const IFLA_MTU: u16 = 4;
-const IFLA_TXQLEN: u16 = 13;
-const IFLA_LINKINFO: u16 = 18;
-const IFLA_INFO_KIND: u16 = 1;
-const IFLA_INFO_DATA: u16 = 2;
-/// Of an ipvlan: how it gets at its packets, as a number of 16 bits.
+/// An attribute of an ipvlan (linux/if_link.h): how it gets at its packets, as a number of 16 bits.
 const IFLA_IPVLAN_MODE: u16 = 1;
 /// Above the interface on which it sits, so that nothing ever comes in at the ipvlan itself.
 const IPVLAN_MODE_L3S: [u8; 2] = 2u16.to_ne_bytes();
@@ -45,31 +33,15 @@ const LOOPBACK: u32 = 1;
 /// The kinds of interfaces that a guest can have.
 const KINDS: [&str; 4] = ["veth", "macvlan", "ipvlan", "tun"];
 
-// Attributes of an address (linux/if_addr.h), and its flags: there is no need to look for somebody else with the address, as whoever
-// gave it out has, and its network's route comes by itself.
-const IFA_ADDRESS: u16 = 1;
-const IFA_LOCAL: u16 = 2;
-const IFA_FLAGS: u16 = 8;
-const IFA_F_NODAD: u32 = 0x02;
-const IFA_F_DADFAILED: u32 = 0x08;
-const IFA_F_TENTATIVE: u32 = 0x40;
-const IFA_F_NOPREFIXROUTE: u32 = 0x200;
+/// A neighbour that somebody has entered, in the eight bits of `ndmsg`.
+const NUD_PERMANENT: u8 = libc::NUD_PERMANENT as u8;
 
-/// A neighbour that somebody has entered (linux/neighbour.h).
-const NUD_PERMANENT: u8 = 0x80;
-
-// Attributes of a route (linux/rtnetlink.h).
-const RTA_OIF: u16 = 4;
-const RTA_MULTIPATH: u16 = 9;
+/// An attribute of a route (linux/rtnetlink.h): the next hop, as a thing of its own.
 const RTA_NH_ID: u16 = 30;
-/// The table that the kernel keeps by itself.
-const RT_TABLE_LOCAL: u8 = 255;
 /// The kinds of routes that do not come with addresses: unicast, blackhole, unreachable, prohibit, throw.
 const ROUTE_KINDS: [u8; 5] = [1, 6, 7, 8, 9];
 /// What of a route's flags is its own and not what has become of it.
 const RTNH_F_ONLINK: u32 = 4;
-/// Only remembered by the kernel.
-const RTM_F_CLONED: u32 = 0x200;
 /// Length of one of several next hops (`struct rtnexthop`), and where its flags and its interface are.
 const NEXT_HOP: usize = 8;
 const NEXT_HOP_FLAGS: usize = 2;
@@ -230,6 +202,7 @@ fn address_for_guest(mut message: Message) -> Option<Message> {
     let flags = &mut body[IFADDRMSG + value.start..IFADDRMSG + value.end];
     let mut all = number(flags, 0)?;
     all &= !(IFA_F_TENTATIVE | IFA_F_DADFAILED);
+    // Nobody else is looked for who has it, as whoever gave it out has; and its network's route comes by itself.
     all |= IFA_F_NODAD | IFA_F_NOPREFIXROUTE;
     flags.copy_from_slice(&all.to_ne_bytes());
     // The first eight of them are here, too.
@@ -244,7 +217,7 @@ fn is_permanent(message: &Message) -> bool {
         && body.get(8).is_some_and(|state| state & NUD_PERMANENT != 0)
 }
 
-/// A route as the guest is to have it; none that comes with an address, or leads to an interface that the guest does not have.
+/// A route as the guest is to have it; none that comes with an address, that the kernel only remembers, or that leads to an interface that the guest does not have.
 fn route_for_guest(message: &Message, known: impl Fn(u32) -> bool) -> Option<Message> {
     let mut head: [u8; RTMSG] = *message.body().first_chunk()?;
     let flags = number(&head, 8)?;

@@ -3,23 +3,17 @@
 use std::collections::HashMap;
 
 use bulkhead_agent::netlink::{Message, attribute, attributes, number};
+use libc::{
+    IFA_CACHEINFO, IFA_FLAGS, NDA_CACHEINFO, NDA_PROBES, RTA_CACHEINFO, RTM_NEWADDR, RTM_NEWROUTE,
+};
 
-// Types of messages (linux/rtnetlink.h), and the lengths of the structures that they begin with.
-const RTM_NEWADDR: u16 = 20;
+// Lengths of the structures that messages begin with (linux/rtnetlink.h).
 const IFADDRMSG: usize = 8;
-const RTM_NEWROUTE: u16 = 24;
 const RTMSG: usize = 12;
 const NDMSG: usize = 12;
 
-/// Attributes that only time has to do with: how old something is, how long it lives, how often it was tried.
-const IFA_CACHEINFO: u16 = 6;
-const RTA_CACHEINFO: u16 = 12;
-const NDA_CACHEINFO: u16 = 3;
-const NDA_PROBES: u16 = 4;
-
 /// Flags of an address (linux/if_addr.h) that say what has become of it: it is not the first of its network (or temporary), not
 /// yet known to be free, deprecated, without an end.
-const IFA_FLAGS: u16 = 8;
 const PASSING: u32 = 0x01 | 0x04 | 0x20 | 0x80;
 /// Where `ifaddrmsg` has the first eight of them.
 const FLAGS: usize = 2;

@@ -4,21 +4,18 @@ use std::fs::OpenOptions;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use bulkhead_agent::netlink::{self, Message, Socket};
-use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN_EXCL, IFF_VNET_HDR, ifreq};
+use libc::{
+    IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_TUN_EXCL, IFF_VNET_HDR, IFLA_AF_SPEC, IFLA_IFNAME,
+    IFLA_MTU, RTM_DELLINK, RTM_NEWLINK, ifreq,
+};
 use nix::errno::Errno;
 
 use super::{Error, Interface, TAP_PREFIX};
 
-const RTM_NEWLINK: u16 = 16;
-const RTM_DELLINK: u16 = 17;
-
 /// Length of the structure of a message about an interface, `ifinfomsg`.
 const IFINFOMSG: usize = 16;
 
-// Attributes of an interface (linux/if_link.h).
-const IFLA_IFNAME: u16 = 3;
-const IFLA_MTU: u16 = 4;
-const IFLA_AF_SPEC: u16 = 26;
+/// An attribute of an interface, of its IPv6 (linux/if_link.h).
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 /// The kernel makes no address of its own.
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;

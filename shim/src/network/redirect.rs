@@ -1,23 +1,15 @@
 //! Traffic control: what comes in at one interface goes out at another.
 
 use bulkhead_agent::netlink::{self, Message, NLM_F_CREATE, NLM_F_EXCL, Socket};
+use libc::{
+    IFLA_TXQLEN, RTM_DELQDISC, RTM_DELTFILTER, RTM_NEWLINK, RTM_NEWQDISC, RTM_NEWTFILTER, TCA_KIND,
+    TCA_OPTIONS,
+};
 
 use super::{Error, Hook, Interface};
 
-// Types of messages (linux/rtnetlink.h).
-const RTM_NEWLINK: u16 = 16;
-const RTM_NEWQDISC: u16 = 36;
-const RTM_DELQDISC: u16 = 37;
-const RTM_NEWTFILTER: u16 = 44;
-const RTM_DELTFILTER: u16 = 45;
-
-// Attributes of traffic control (linux/rtnetlink.h).
-const TCA_KIND: u16 = 1;
-const TCA_OPTIONS: u16 = 2;
-
-/// Length of the structure of a message about an interface, `ifinfomsg`, and the attribute with the length of its queue.
+/// Length of the structure of a message about an interface, `ifinfomsg`.
 const IFINFOMSG: usize = 16;
-const IFLA_TXQLEN: u16 = 13;
 
 /// The ingress queueing discipline's handle, and the place where it and nothing else is put (linux/pkt_sched.h).
 const HANDLE: u32 = 0xffff_0000;

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use bulkhead_agent::netlink::{attribute, text};
+use libc::{IFLA_IFNAME, RT_TABLE_LOCAL, RTM_DELLINK, RTM_DELROUTE, RTM_NEWLINK, RTM_NEWROUTE};
 use rustix::io::Errno;
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
@@ -16,23 +17,15 @@ use crate::readiness::register;
 /// Those who hear of links, neighbours, and of the addresses and routes of IPv4 and IPv6 (`RTMGRP_*` of linux/rtnetlink.h).
 const GROUPS: u32 = 0x1 | 0x4 | 0x10 | 0x40 | 0x100 | 0x400;
 
-// Types of messages (linux/rtnetlink.h).
-const RTM_NEWLINK: u16 = 16;
-const RTM_DELLINK: u16 = 17;
-const RTM_NEWROUTE: u16 = 24;
-const RTM_DELROUTE: u16 = 25;
-
 /// Length of a message's header, and where it has the message's type.
 const HEADER: usize = 16;
 const TYPE: usize = 4;
 
-/// Length of `ifinfomsg`, and an interface's name behind it.
+/// Length of `ifinfomsg`.
 const IFINFOMSG: usize = 16;
-const IFLA_IFNAME: u16 = 3;
 
-/// Where `rtmsg` has the table, and the one that the kernel keeps by itself.
+/// Where `rtmsg` has the table.
 const RTM_TABLE: usize = 4;
-const RT_TABLE_LOCAL: u8 = 255;
 
 /// Room for a message with all that is looked at.
 const BUFFER: usize = 4096;

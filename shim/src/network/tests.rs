@@ -8,6 +8,7 @@ use std::os::fd::AsRawFd;
 use bulkhead_agent::netlink::{NLM_F_CREATE, NLM_F_EXCL, attributes};
 use bulkhead_agent::network::apply;
 use bulkhead_agent::protocol::sandbox::{self, SetNetworkRequest};
+use libc::{IFA_CACHEINFO, NDA_CACHEINFO, NDA_PROBES, RTA_CACHEINFO};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
@@ -116,10 +117,6 @@ fn gateway(address: &str) -> Vec<u8> {
 
 /// Everything that the kernel says, without what only time has to do with.
 fn said(messages: &[Message]) -> Vec<String> {
-    const IFA_CACHEINFO: u16 = 6;
-    const RTA_CACHEINFO: u16 = 12;
-    const NDA_CACHEINFO: u16 = 3;
-    const NDA_PROBES: u16 = 4;
     let mut said: Vec<_> = messages
         .iter()
         .map(|message| {
