@@ -26,8 +26,8 @@ use crate::streams::{Ends, Names, Streams};
 /// Random bytes for the guest's entropy pool: what its kernel needs to be ready at once.
 const ENTROPY: usize = 64;
 
-/// How long a guest may take to let disks go.
-const DETACH_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a guest may take for what waits for nothing in it.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How often a guest is asked to let disks go. One that looks for the disk of another container meanwhile finds these too, and takes
 /// them up again.
@@ -124,6 +124,16 @@ impl Sandbox {
     {
         self.ask_agent(|client| request(TaskClient::new(client)))
             .await
+    }
+
+    /// Like [`ask`](Self::ask), for what waits for nothing in the guest: one that does not answer in time is not waited for.
+    pub async fn ask_briefly<T, F>(&self, request: impl FnOnce(TaskClient) -> F) -> Result<T, Error>
+    where
+        F: Future<Output = ttrpc::Result<T>>,
+    {
+        tokio::time::timeout(ANSWER_PATIENCE, self.ask(request))
+            .await
+            .unwrap_or(Err(Error::Silent(ANSWER_PATIENCE)))
     }
 
     /// Makes settings of the guest's kernel (`linux.sysctl`).
@@ -226,7 +236,7 @@ impl Sandbox {
                 self.try_to_detach(&mut attached).await;
             }
         };
-        let in_time = tokio::time::timeout(DETACH_PATIENCE, detached).await;
+        let in_time = tokio::time::timeout(ANSWER_PATIENCE, detached).await;
         if in_time.is_err() || !attached.is_empty() {
             log::warn!("the guest has not let its disks {attached:?} go");
         }

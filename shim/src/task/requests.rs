@@ -40,7 +40,9 @@ impl Tasks {
             (Kind::Sandbox, _) => vec![ProcessInfo::new()],
             (Kind::Member | Kind::Single, _) => {
                 self.sandbox
-                    .ask(|agent| async move { agent.pids(Context::default(), &request).await })
+                    .ask_briefly(
+                        |agent| async move { agent.pids(Context::default(), &request).await },
+                    )
                     .await?
                     .processes
             }
@@ -118,7 +120,9 @@ impl Tasks {
             return Ok(());
         }
         self.sandbox
-            .ask(|agent| async move { agent.resize_pty(Context::default(), &request).await })
+            .ask_briefly(
+                |agent| async move { agent.resize_pty(Context::default(), &request).await },
+            )
             .await
             .map(drop)
     }
@@ -170,7 +174,7 @@ impl Tasks {
                 let asked = |agent: containerd_shim_protos::shim_async::TaskClient| async move {
                     agent.stats(Context::default(), &request).await
                 };
-                let stats = self.sandbox.ask(asked).await?.stats.into_option();
+                let stats = self.sandbox.ask_briefly(asked).await?.stats.into_option();
                 stats
                     .filter(|stats| stats.type_url == METRICS_TYPE_URL)
                     .ok_or(Error::Agent {

@@ -30,9 +30,6 @@ const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a guest may take to end a killed container that has a machine to itself; then the machine ends.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long a guest may take to delete a process.
-const DELETE_PATIENCE: Duration = Duration::from_secs(10);
-
 /// Waits until the end of a process is noted. Who is told that it has finished, or could not start, looks at it next, and must find it
 /// stopped: ctr deletes nothing else.
 async fn noted(ended: impl Future<Output = Option<Exit>>) {
@@ -400,9 +397,9 @@ impl Tasks {
         let asked = request.clone();
         let deleted = self
             .sandbox
-            .ask(|agent| async move { agent.delete(Context::default(), &asked).await });
-        let deleted = tokio::time::timeout(DELETE_PATIENCE, deleted).await;
-        match deleted.unwrap_or(Err(Error::Silent(DELETE_PATIENCE))) {
+            .ask_briefly(|agent| async move { agent.delete(Context::default(), &asked).await })
+            .await;
+        match deleted {
             Ok(_) => {}
             Err(error) if error.code() == Code::NOT_FOUND => {}
             Err(Error::Machine(_)) => return Ok(()),
