@@ -21,7 +21,7 @@ const END_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long a shim that leaves its cgroup waits for processes, or threads of its own, that are on their way out. Nobody waits for
 /// it then, but nobody else would remove the cgroup either.
-const LEAVE_PATIENCE: Duration = Duration::from_secs(20);
+const LEAVE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The extended attribute of the cgroups that Bulkhead made, so that whoever is the last to leave may remove them.
 const MARK: &CStr = c"trusted.bulkhead";
