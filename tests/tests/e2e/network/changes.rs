@@ -150,6 +150,11 @@ fn tell(world: &World, runtime: Runtime, pod: &Pod) -> String {
     inside(pod, "link delete br9");
     attach(pod, "net1", 75);
     scene.say("net1", 75, STATE);
+    for step in ["down", "name net2", "up"] {
+        let name = if step == "up" { "net2" } else { "net1" };
+        inside(pod, &format!("link set {name} {step}"));
+    }
+    scene.say("net2", 75, STATE);
     let Scene {
         container, said, ..
     } = scene;
