@@ -78,20 +78,12 @@ pub fn is_known(slot: u8) -> bool {
 }
 
 /// Has the kernel let a device go, if it knows one in that slot.
-pub fn let_go(slot: u8) -> io::Result<()> {
-    match fs::write(place(slot).join("remove"), "1") {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    }
-}
-
-/// Has the kernel let a disk go that nothing uses.
 ///
 /// # Errors
 ///
-/// Something is mounted from it, or the kernel refuses.
-pub fn let_unused_go(slot: u8) -> Result<(), Error> {
-    let what = || format!("letting the disk in PCI slot {slot} go");
+/// It is a disk, and something is mounted from it, or the kernel refuses.
+pub fn let_go(slot: u8) -> Result<(), Error> {
+    let what = || format!("letting the device in PCI slot {slot} go");
     if let Some(node) = look_for(slot, |virtio| find(virtio, None)).context(what)? {
         // What is mounted, be it a partition only, has the disk for itself.
         let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
@@ -105,7 +97,10 @@ pub fn let_unused_go(slot: u8) -> Result<(), Error> {
             result => drop(result.context(what)?),
         }
     }
-    let_go(slot).context(what)
+    match fs::write(place(slot).join("remove"), "1") {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result.context(what),
+    }
 }
 
 /// Where the kernel tells of the device in a slot of bus 0.

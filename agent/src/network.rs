@@ -86,11 +86,6 @@ pub fn change(request: &ChangeNetworkRequest) -> Result<(), Error> {
         .chain(numbers(&changed));
     let before: Vec<_> = all.chain([(LOOPBACK, LOOPBACK)]).collect();
     let mut result = retract(&request.removed, &before);
-    for interface in &request.gone {
-        let name = || format!("letting the network interface {:?} go", interface.name);
-        let gone = disk::slot(interface.slot).and_then(|slot| disk::let_go(slot).context(name));
-        result = result.and(gone);
-    }
     for interface in fresh {
         match wait_for(interface) {
             Ok(index) => changed.push((interface, index)),

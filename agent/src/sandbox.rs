@@ -104,7 +104,7 @@ impl Sandbox for SandboxService {
     ) -> ttrpc::Result<LetGoResponse> {
         let mut result = Ok(());
         for slot in request.slots {
-            result = result.and(disk::slot(slot).and_then(disk::let_unused_go));
+            result = result.and(disk::slot(slot).and_then(disk::let_go));
         }
         result?;
         Ok(LetGoResponse::new())

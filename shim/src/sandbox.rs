@@ -29,7 +29,7 @@ const ENTROPY: usize = 64;
 /// How long a guest may take for what waits for nothing in it.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How often a guest is asked to let disks go. One that looks for the disk of another container meanwhile finds these too, and takes
+/// How often a guest is asked to let devices go. One that looks for the disk of another container meanwhile finds these too, and takes
 /// them up again.
 const DETACH_ATTEMPTS: u32 = 3;
 
@@ -227,7 +227,7 @@ impl Sandbox {
         Ok(slots)
     }
 
-    /// Has the guest let disks go, and takes them away. A machine that has ended has none. What the guest does not let go in time, or
+    /// Has the guest let devices go, and takes them away. A machine that has ended has none. What the guest does not let go in time, or
     /// takes up again every time, stays attached.
     pub async fn detach(&self, slots: &[u8]) {
         let mut attached = slots.to_vec();
@@ -238,7 +238,7 @@ impl Sandbox {
         };
         let in_time = tokio::time::timeout(ANSWER_PATIENCE, detached).await;
         if in_time.is_err() || !attached.is_empty() {
-            log::warn!("the guest has not let its disks {attached:?} go");
+            log::warn!("the guest has not let its devices {attached:?} go");
         }
     }
 
@@ -260,12 +260,12 @@ impl Sandbox {
                 .await
         };
         if let Err(error) = self.ask_agent(let_go).await {
-            log::warn!("the guest does not let its disks {attached:?} go: {error}");
+            log::warn!("the guest does not let its devices {attached:?} go: {error}");
         }
         for slot in attached.clone() {
             match machine.detach(slot).await {
                 Ok(()) | Err(machine::Error::Stopped(_)) => attached.retain(|&place| place != slot),
-                Err(error) => log::warn!("disk {slot} cannot be detached: {error}"),
+                Err(error) => log::warn!("device {slot} cannot be detached: {error}"),
             }
         }
     }

@@ -99,10 +99,8 @@ impl Follower {
             attached.interface.addresses.clear();
             complain(attached.update(machine).await);
         }
-        let mut request = ChangeNetworkRequest {
-            gone: leaving.iter().map(for_guest).collect(),
-            ..Default::default()
-        };
+        let staying: Vec<_> = self.attached.iter().map(for_guest).collect();
+        let mut request = ChangeNetworkRequest::default();
         let mut anew = !leaving.is_empty();
         for interface in std::mem::take(&mut contents.interfaces) {
             let index = interface.index;
@@ -159,20 +157,19 @@ impl Follower {
             |messages: Vec<Message>| messages.into_iter().map(Message::into_bytes).collect();
         request.removed = bytes(difference.removed);
         request.messages = bytes(difference.added);
-        let change = |client| async move {
-            SandboxClient::new(client)
-                .change_network(Context::default(), &request)
-                .await
-        };
-        match tokio::time::timeout(PATIENCE, sandbox.ask_agent(change)).await {
-            Ok(result) => complain(result.map(drop)),
-            Err(_) => log::error!(
-                "the guest has not followed a change of its network within {PATIENCE:?}"
-            ),
+        if !leaving.is_empty() {
+            // Before the guest looks for what is new, and would find these again.
+            let farewell = ChangeNetworkRequest {
+                gone: leaving.iter().map(for_guest).collect(),
+                kept: staying,
+                removed: std::mem::take(&mut request.removed),
+                ..Default::default()
+            };
+            tell(sandbox, farewell).await;
+            let slots: Vec<_> = leaving.iter().map(|attached| attached.slot).collect();
+            sandbox.detach(&slots).await;
         }
-        for attached in leaving {
-            complain(machine.detach(attached.slot).await.map_err(Error::from));
-        }
+        tell(sandbox, request).await;
         Ok(())
     }
 
@@ -201,6 +198,21 @@ impl Follower {
     ) -> Result<T, super::Error> {
         let namespace = self.namespace.try_clone().map_err(super::Error::Enter)?;
         in_namespace(namespace, act).await
+    }
+}
+
+/// Tells the guest of a change.
+async fn tell(sandbox: &Sandbox, request: ChangeNetworkRequest) {
+    let change = |client| async move {
+        SandboxClient::new(client)
+            .change_network(Context::default(), &request)
+            .await
+    };
+    match tokio::time::timeout(PATIENCE, sandbox.ask_agent(change)).await {
+        Ok(result) => complain(result.map(drop)),
+        Err(_) => {
+            log::error!("the guest has not followed a change of its network within {PATIENCE:?}");
+        }
     }
 }
 

@@ -34,7 +34,7 @@ impl Scene<'_> {
     fn say(&mut self, interface: &str, network: u8, script: &str) {
         self.marks += 1;
         let address = format!("10.73.0.{}", self.marks);
-        let (near, hardware) = (near(network), hardware(network));
+        let (near, hardware) = (near(network), hardware_of(self.pod, interface));
         ip(&format!("route add {address}/32 dev {near}"));
         ip(&format!(
             "neighbour add {address} lladdr {hardware} dev {near} nud permanent"
@@ -67,6 +67,14 @@ fn near(network: u8) -> String {
 
 fn hardware(network: u8) -> String {
     format!("02:00:00:00:00:{network}")
+}
+
+/// An interface's hardware address.
+fn hardware_of(pod: &Pod, interface: &str) -> String {
+    let words = ["ip", "-o", "link", "show", "dev", interface];
+    let line = pod.run(&words).unwrap();
+    let (_, address) = line.split_once("link/ether ").unwrap();
+    address.split(' ').next().unwrap().to_owned()
 }
 
 /// An end of a pair of interfaces: how `ip` is run there, its name, and the last number of its addresses.
@@ -155,6 +163,8 @@ fn tell(world: &World, runtime: Runtime, pod: &Pod) -> String {
         inside(pod, &format!("link set {name} {step}"));
     }
     scene.say("net2", 75, STATE);
+    inside(pod, "link set net2 address 02:00:00:00:00:99");
+    scene.say("net2", 75, STATE);
     let Scene {
         container, said, ..
     } = scene;
@@ -200,6 +210,7 @@ fn a_containers_network_follows_its_pods() {
         "from 10.75.0.2",
         "eth0 02:00:00:00:00:76 9000 0x1003 1",
         "eth0 carrier 0",
+        "net2 02:00:00:00:00:99 1500 0x1003 1",
         "\neth0\n",
     ] {
         assert!(runc.contains(line), "{line:?} is not in {runc}");
