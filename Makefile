@@ -30,10 +30,12 @@ test: $(if $(TEST),,lint) unit e2e
 
 lint:
 	$(cargo) fmt --all --check
-	@if $(cargo) clippy --version >/dev/null 2>&1; then \
+	@# A clippy of another version than the compiler's, which may be installed beside it, cannot read what that makes.
+	@version=$$($(cargo) version | sed 's/^cargo 1\.\([0-9]*\).*/\1/'); \
+	if $(cargo) clippy --version 2>/dev/null | grep -q "^clippy 0\.1\.$$version\>"; then \
 	  set -x; $(cargo) clippy --locked --workspace --all-targets -- --deny warnings && \
 	  $(cargo) clippy --locked --package bulkhead-tests --test e2e --test bench -- --deny warnings; \
-	else echo 'cargo clippy is not installed: not checked with it'; fi
+	else echo "cargo clippy 0.1.$$version is not installed: not checked with it"; fi
 
 unit:
 	$(cargo) test --locked --workspace -- $(TEST)
