@@ -37,7 +37,9 @@ lint:
 	  $(cargo) clippy --locked --package bulkhead-tests --test e2e --test bench -- --deny warnings; \
 	else echo "cargo clippy 0.1.$$version is not installed: not checked with it"; fi
 
+# What the tests call apart from what every Debian has.
 unit:
+	@tests/install busybox-static e2fsprogs erofs-utils
 	$(cargo) test --locked --workspace -- $(TEST)
 
 # Where `make node` would run a command. (Not an exported variable: `unit` would inherit it.)
