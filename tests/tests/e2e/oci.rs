@@ -460,7 +460,7 @@ fn running_out_of_memory_ends_the_container_alone() {
 fn statistics_are_those_of_the_container() {
     let world = World::new().unwrap();
     let [ours, runcs] = [Runtime::Bulkhead, Runtime::Runc].map(|runtime| {
-        let script = "dd if=/dev/zero of=/tmp/file bs=1M count=8 2>/dev/null; i=0; while test $i -lt 20000; do i=$((i+1)); done; echo ready; exec sleep 1000";
+        let script = "dd if=/dev/zero of=/tmp/file bs=1M count=8 2>/dev/null; i=0; while test $i -lt 20000; do i=$((i+1)); done; mkfifo /tmp/done 2>/dev/null; echo >/tmp/done; exec sleep 1000";
         let mut bundle = Bundle::new(&world.site().directory, script).unwrap();
         set(
             &mut bundle,
@@ -469,8 +469,8 @@ fn statistics_are_those_of_the_container() {
         );
         bundle.add("/mounts", json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"}));
         let running = world.start_bundle(runtime, &bundle).unwrap();
-        // It is the only process once the work is done.
-        let done = "until test \"$(cat /proc/1/comm)\" = sleep; do :; done";
+        // It writes once the work is done, and is the only process then. Whoever comes first makes the FIFO.
+        let done = "mkfifo /tmp/done 2>/dev/null; cat /tmp/done";
         running.exec(&["sh", "-c", done]).output().unwrap().success().unwrap();
         let metrics = world
             .ctr(&["task", "metrics", "--format", "json", running.name()])
