@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
+use std::pin::pin;
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -118,6 +119,7 @@ async fn serve_agent(control: Arc<Channel>, mut opened: mpsc::UnboundedReceiver<
         control,
         processes: Mutex::default(),
         streams: Mutex::default(),
+        opened: Notify::new(),
         oom: Mutex::default(),
         killed_for_memory: Notify::new(),
         told: Notify::new(),
@@ -141,6 +143,7 @@ async fn serve_agent(control: Arc<Channel>, mut opened: mpsc::UnboundedReceiver<
         let stream = UnixStream::from_std(stream).unwrap();
         let name = u64::from_le_bytes(number).to_string();
         guest.streams.lock().unwrap().insert(name, stream);
+        guest.opened.notify_waiters();
     }
 }
 
@@ -150,6 +153,8 @@ struct Guest {
     control: Arc<Channel>,
     processes: Mutex<HashMap<Key, Process>>,
     streams: Mutex<HashMap<String, UnixStream>>,
+    /// There is one more of them.
+    opened: Notify,
     oom: Mutex<Vec<String>>,
     killed_for_memory: Notify,
     /// Some process's end was told to the shim.
@@ -199,13 +204,17 @@ impl Guest {
     }
 
     async fn stream(&self, name: &str) -> Option<UnixStream> {
-        while !name.is_empty() {
+        if name.is_empty() {
+            return None;
+        }
+        loop {
+            let mut opened = pin!(self.opened.notified());
+            opened.as_mut().enable();
             if let Some(stream) = self.streams.lock().unwrap().remove(name) {
                 return Some(stream);
             }
-            tokio::task::yield_now().await;
+            opened.await;
         }
-        None
     }
 
     /// "Runs" a program to its end.
