@@ -2,6 +2,7 @@
 //! meanwhile.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -13,12 +14,16 @@ fn a_process_enters_its_children_too_and_leaves_nothing() {
     let parent = format!("bulkhead-test-{}", std::process::id());
     // proc_pid_mountinfo(5)
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let mount_points: Vec<PathBuf> = mounts
+    let mut mount_points: Vec<PathBuf> = mounts
         .lines()
         .filter(|line| line.contains(" - cgroup ") || line.contains(" - cgroup2 "))
         .map(|line| PathBuf::from(line.split(' ').nth(4).unwrap()))
         .collect();
     assert!(!mount_points.is_empty());
+    // One may be mounted in several places.
+    let device = |path: &PathBuf| fs::metadata(path).unwrap().dev();
+    mount_points.sort_by_key(device);
+    mount_points.dedup_by_key(|path| device(path));
     let is_clean = || {
         !mount_points
             .iter()
