@@ -18,6 +18,7 @@ use crate::oci::root::Root;
 use crate::oom::Kills;
 use crate::plan::{Creation, Plan};
 use crate::process::{Exit, Process, Status};
+use crate::programs::Programs;
 use crate::protocol::{ROOT_DISK, SCRATCH_DISK};
 use crate::scratch;
 use crate::streams::Streams;
@@ -279,21 +280,23 @@ impl Agent {
     }
 }
 
-/// Tells of out-of-memory kills while they happen, until the container's init ends.
+/// Has a container's programs kept in memory, and tells of out-of-memory kills while they happen, until its init ends.
 async fn watch_memory(container: Arc<Container>, kills: Arc<Kills>) {
     // A kernel without the memory controller has no such file, and no such kills.
     let Ok(events) = container.cgroup.events("memory.events") else {
         return;
     };
-    loop {
-        tokio::select! {
-            changed = events.changed() => {
-                if changed.is_err() {
-                    return;
-                }
-                container.check_memory(&kills);
+    let watch = async {
+        let mut programs = Programs::default();
+        while events.changed().await.is_ok() {
+            container.check_memory(&kills);
+            if let Err(error) = programs.keep(&container.cgroup).await {
+                eprintln!("container {}: {error}", container.built.id);
             }
-            _ = container.init.wait() => return,
         }
+    };
+    tokio::select! {
+        () = watch => {}
+        _ = container.init.wait() => {}
     }
 }

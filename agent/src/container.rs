@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use oci_spec::runtime::Process as ProcessSpec;
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{self, Cgroup};
 use crate::child;
 use crate::error::Error;
 use crate::oci::mapping::Mappings;
@@ -199,13 +199,7 @@ impl Container {
         let Ok(events) = self.cgroup.read("memory.events") else {
             return;
         };
-        let mut lines = events
-            .lines()
-            .filter_map(|line| line.strip_prefix("oom_kill "));
-        let count = lines
-            .next()
-            .and_then(|count| count.parse().ok())
-            .unwrap_or(0);
+        let count = cgroup::value(&events, "oom_kill").unwrap_or(0);
         let mut state = self.state();
         if count > state.oom_kills {
             state.oom_kills = count;

@@ -15,6 +15,7 @@ pub mod oci;
 pub mod oom;
 pub mod plan;
 pub mod process;
+pub mod programs;
 pub mod protocol;
 pub mod reaper;
 pub mod relay;

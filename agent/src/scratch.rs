@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::agent::Paths;
 use crate::error::{Context, Error};
-use crate::sys::{self, Fork};
+use crate::sys;
 
 /// What is moved aside; no container's identifier begins with a dot.
 const ASIDE: &str = ".removed-";
@@ -34,16 +34,13 @@ pub fn clean(paths: &Paths) -> Result<(), Error> {
     if aside.is_empty() {
         return Ok(());
     }
-    match sys::fork_into(0, None).context(what)? {
-        Fork::Parent(..) => Ok(()),
-        Fork::Child => {
-            for directory in aside {
-                // Two cleaners may meet at one directory.
-                drop(fs::remove_dir_all(directory));
-            }
-            sys::exit(0)
+    let removed = sys::start_helper(|| {
+        for directory in aside {
+            // Two cleaners may meet at one directory.
+            drop(fs::remove_dir_all(directory));
         }
-    }
+    });
+    removed.context(what).map(drop)
 }
 
 fn list(scratch: &Path) -> io::Result<Vec<std::path::PathBuf>> {

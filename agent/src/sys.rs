@@ -1,8 +1,9 @@
 //! The system calls that no library wraps, each behind a safe function.
 
-use std::ffi::{CStr, CString, c_int};
+use std::ffi::{CStr, CString, c_int, c_void};
 use std::io;
 use std::mem::size_of;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::process::Pid;
@@ -85,6 +86,21 @@ pub fn fork_into(namespaces: c_int, cgroup: Option<BorrowedFd<'_>>) -> io::Resul
         Some(pid) => {
             // SAFETY: CLONE_PIDFD has made this descriptor for us.
             Ok(Fork::Parent(pid, unsafe { OwnedFd::from_raw_fd(pidfd) }))
+        }
+    }
+}
+
+/// Starts a process that does what may take long and ends. Of the caller's descriptors it keeps only the standard streams, because
+/// the other end of a stream waits until nobody has it.
+pub fn start_helper(work: impl FnOnce()) -> io::Result<OwnedFd> {
+    match fork_into(0, None)? {
+        Fork::Parent(_, descriptor) => Ok(descriptor),
+        Fork::Child => {
+            // SAFETY: the only thread of this process owns all of them, and its last use of any is behind it: after `work`, which is
+            // given none, it ends without dropping anything.
+            unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+            work();
+            exit(0)
         }
     }
 }
@@ -273,6 +289,26 @@ pub fn send_signal_to(pid: u32, signal: c_int) -> io::Result<()> {
     let pid = pid.ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))?;
     // SAFETY: no memory is involved.
     check(unsafe { libc::kill(pid, signal) }.into()).map(drop)
+}
+
+/// Has the pages of a file that another process (a pidfd) maps at these addresses read, on the calling process's account.
+pub fn read_ahead(process: BorrowedFd<'_>, addresses: Range<u64>) -> io::Result<()> {
+    let range = libc::iovec {
+        iov_base: addresses.start as *mut c_void,
+        iov_len: addresses.end.saturating_sub(addresses.start) as usize,
+    };
+    // SAFETY: the addresses are the other process's, whose memory is not changed by this advice; the vector outlives the call.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_process_madvise,
+            process.as_raw_fd(),
+            &raw const range,
+            1,
+            libc::MADV_WILLNEED,
+            0,
+        )
+    })
+    .map(drop)
 }
 
 /// Sets the calling process's execution domain and flags, `personality(2)`.

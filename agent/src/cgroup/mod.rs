@@ -222,6 +222,12 @@ impl Cgroup {
     }
 }
 
+/// The value of a line in a file of `name value` lines.
+pub fn value(text: &str, name: &str) -> Option<u64> {
+    let mut pairs = stats::pairs(text);
+    pairs.find(|&(key, _)| key == name).map(|(_, value)| value)
+}
+
 /// A file of a group whose changes the kernel tells.
 #[derive(Debug)]
 pub struct Events {
@@ -245,11 +251,7 @@ impl Events {
         // Reading from the start is also what makes the next change an event.
         let length = rustix::io::pread(&self.file, &mut text, 0).context(what)?;
         let text = std::str::from_utf8(&text[..length]).context(what)?;
-        let lines = text.lines().filter_map(|line| line.split_once(' '));
-        match lines.into_iter().find(|&(key, _)| key == name) {
-            None => Ok(0),
-            Some((_, value)) => value.parse().context(what),
-        }
+        Ok(value(text, name).unwrap_or(0))
     }
 
     /// Waits for the next change since the last [`Events::value`].

@@ -158,7 +158,7 @@ fn interface(line: &str) -> Option<NetworkStat> {
 }
 
 /// The lines of a file of names and numbers.
-fn pairs(text: &str) -> impl Iterator<Item = (&str, u64)> {
+pub(super) fn pairs(text: &str) -> impl Iterator<Item = (&str, u64)> {
     text.lines().filter_map(|line| {
         let (name, number) = line.split_once(' ')?;
         Some((name, number.parse().ok()?))

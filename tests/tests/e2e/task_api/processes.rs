@@ -28,6 +28,7 @@ fn processes_join_containers_as_under_runc() {
         ("pids_of_processes", pids_of_processes),
         ("limits_and_statistics", limits_and_statistics),
         ("out_of_memory", out_of_memory),
+        ("slowly_out_of_memory", slowly_out_of_memory),
         ("processes_of_the_host", processes_of_the_host),
         ("network_by_path", network_by_path),
         ("hooks", hooks),
@@ -293,6 +294,19 @@ fn limits_and_statistics(pod: &Pod, id: &str) -> Notes {
 
 /// A container that wants more memory than it may have ends, and no other.
 fn out_of_memory(pod: &Pod, id: &str) -> Notes {
+    // It keeps the last line, which has no end.
+    exceed_memory(pod, id, &["tail", "/dev/zero"])
+}
+
+/// What can be taken from such a container before there is no memory is its programs at last. That they are read again, page by page, must
+/// not keep it from its end. With several of them there is always one whose page can be taken.
+fn slowly_out_of_memory(pod: &Pod, id: &str) -> Notes {
+    let script = "for i in 1 2; do while :; do read stat </proc/self/stat; done & done; \
+                  x=$(dd if=/dev/zero bs=1M count=100 2>/dev/null | tr '\\0' x)";
+    exceed_memory(pod, id, &["sh", "-c", script])
+}
+
+fn exceed_memory(pod: &Pod, id: &str, program: &[&str]) -> Notes {
     let mut notes = Notes::new();
     let neighbour = format!("{id}-neighbour");
     pod.run(&neighbour, &["sleep", "1000"]);
@@ -301,9 +315,7 @@ fn out_of_memory(pod: &Pod, id: &str) -> Notes {
         config["linux"]["resources"]["memory"] = json!({"limit": limit, "swap": limit});
     };
     let kind = Kind::Member(&pod.sandbox.id);
-    // It keeps the last line, which has no end.
-    let program = ["tail", "/dev/zero"];
-    let bundle = pod.peer.bundle(id, kind, &program, change).unwrap();
+    let bundle = pod.peer.bundle(id, kind, program, change).unwrap();
     let shim = &pod.shim;
     shim.create(&bundle, &Paths::default()).unwrap();
     shim.start(id, "").unwrap();
