@@ -13,6 +13,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -227,6 +228,10 @@ fn spawn(
     }
     let program = "/proc/self/exe";
     let mut command = Command::new(program);
+    // What is run is this very file; what ps shows is its name.
+    if let Some(name) = std::env::args_os().next() {
+        command.arg0(name);
+    }
     command
         .args(["-namespace", &args.namespace, "-address", &args.address])
         .args(["-publish-binary", &args.publish_binary, "-id", &args.id])

@@ -30,6 +30,9 @@ use tokio::sync::mpsc;
 use ttrpc::asynchronous::{Client, Server, TtrpcContext};
 use ttrpc::context::Context;
 
+/// The shim's binary.
+pub const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-bulkhead-v2");
+
 /// Longer than anything here takes.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -179,7 +182,7 @@ impl Host {
         input: &[u8],
         environment: &[(&str, &str)],
     ) -> Result<Vec<u8>, String> {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_containerd-shim-bulkhead-v2"))
+        let mut child = Command::new(SHIM)
             .args(["-namespace", "test"])
             .arg("-address")
             .arg(self.path("containerd.sock"))

@@ -9,6 +9,7 @@
 mod guest;
 mod harness;
 
+use std::fs;
 use std::future::Future;
 use std::io::Write;
 use std::path::Path;
@@ -24,7 +25,7 @@ use protobuf::well_known_types::any::Any;
 use serde_json::json;
 use ttrpc::Code;
 
-use harness::{Host, PATIENCE, Shim, code, context, gone, kill, read_all, text};
+use harness::{Host, PATIENCE, SHIM, Shim, code, context, gone, kill, read_all, text};
 
 const KILL: i32 = 9;
 const TERM: i32 = 15;
@@ -923,6 +924,9 @@ async fn delete_cleans_up_after_a_dead_shim() {
         .pid;
     shim.start("c1", "").await.unwrap();
     let (shim_pid, _) = shim.pids("c1").await;
+    // What ps shows is what containerd called.
+    let line = fs::read_to_string(format!("/proc/{shim_pid}/cmdline")).unwrap();
+    assert!(line.starts_with(SHIM), "{line:?}");
     kill(shim_pid, Signal::SIGKILL);
     gone(shim_pid).await;
     for _ in 0..2 {
