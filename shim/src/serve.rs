@@ -30,6 +30,8 @@ pub fn serve(args: &Args) -> io::Result<()> {
     let bundle = std::env::current_dir()?;
     logging::init(&bundle.join("log"), &args.id, args.debug);
     std::panic::set_hook(Box::new(|panic| log::error!("{panic}")));
+    // It was started as /proc/self/exe, and would be called "exe". A name has 15 characters.
+    let _ = rustix::thread::set_name(c"containerd-shim");
     // Without a session of its own it would get the signals of whoever started containerd by hand. It fails only for a process that
     // leads a group already, which is as good.
     let _ = nix::unistd::setsid();

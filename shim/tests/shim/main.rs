@@ -925,8 +925,10 @@ async fn delete_cleans_up_after_a_dead_shim() {
     shim.start("c1", "").await.unwrap();
     let (shim_pid, _) = shim.pids("c1").await;
     // What ps shows is what containerd called.
-    let line = fs::read_to_string(format!("/proc/{shim_pid}/cmdline")).unwrap();
+    let shown = |file| fs::read_to_string(format!("/proc/{shim_pid}/{file}")).unwrap();
+    let (line, name) = (shown("cmdline"), shown("comm"));
     assert!(line.starts_with(SHIM), "{line:?}");
+    assert_eq!(name, "containerd-shim\n");
     kill(shim_pid, Signal::SIGKILL);
     gone(shim_pid).await;
     for _ in 0..2 {
