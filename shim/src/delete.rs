@@ -19,7 +19,6 @@ use ttrpc::context::{Context, with_duration};
 use crate::args::Args;
 use crate::bootstrap::{ADDRESS, remove_dead_socket};
 use crate::cgroup;
-use crate::hooks::Stage;
 use crate::network;
 use crate::process::{Exit, KILLED};
 use crate::spec::Spec;
@@ -113,7 +112,7 @@ fn end_shim(state: &State) -> Result<(), Error> {
     killed.and(removed).and(socket)
 }
 
-/// Runs the hooks that come after the end of a container, which the shim could not. A bundle may be half made: then there are none.
+/// Runs the hooks that come after the end of a container, if the shim did not. A bundle may be half made: then there are none.
 fn run_hooks(bundle: &Path, id: &str) {
     let Ok(json) = std::fs::read(bundle.join("config.json")) else {
         return;
@@ -121,12 +120,9 @@ fn run_hooks(bundle: &Path, id: &str) {
     let path = bundle.display().to_string();
     let hooks = Spec::parse(&json).and_then(|spec| spec.hooks(id, &path));
     let Ok(hooks) = hooks else { return };
-    if hooks.of(Stage::Poststop).is_empty() {
-        return;
-    }
     // What they say has no reader here.
     if let Ok(runtime) = runtime() {
-        let run = hooks.run_all(Stage::Poststop, None);
+        let run = hooks.run_last();
         let _ = runtime.block_on(async { tokio::time::timeout(HOOK_PATIENCE, run).await });
     }
 }
@@ -281,11 +277,15 @@ mod tests {
         });
         std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
         call(dir.path()).unwrap();
-        let state = std::fs::read_to_string(mark).unwrap();
+        let state = std::fs::read_to_string(&mark).unwrap();
         assert!(
             state.contains(r#""status":"stopped""#) && state.contains(r#""id":"c1""#),
             "{state}"
         );
+        // Once.
+        std::fs::remove_file(&mark).unwrap();
+        call(dir.path()).unwrap();
+        assert!(!mark.exists());
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::Duration;
 
@@ -14,6 +14,8 @@ use oci_spec::runtime::Hook;
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde::Serialize;
 use tokio::process::Command;
+
+use crate::state::claim_poststop;
 
 /// How much of what a failed hook said is told, in bytes.
 const MAX_WORDS: u64 = 4096;
@@ -127,6 +129,14 @@ impl Hooks {
             if let Err(error) = self.run_one(stage, hook, pid).await {
                 log::warn!("{error}");
             }
+        }
+    }
+
+    /// Runs the hooks that come after the container's end, unless somebody else does or has.
+    pub async fn run_last(&self) {
+        let stage = Stage::Poststop;
+        if !self.of(stage).is_empty() && claim_poststop(Path::new(&self.subject.bundle)) {
+            self.run_all(stage, None).await;
         }
     }
 

@@ -1,6 +1,6 @@
 //! What a shim writes down early, so that `delete` finds what a dead shim left behind.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -15,6 +15,9 @@ use crate::readiness::happens;
 
 /// The file's name in the bundle of the shim's first task.
 const FILE: &str = "bulkhead.json";
+
+/// The file's name in the bundle of a container whose poststop hooks somebody runs, or has run.
+const POSTSTOP: &str = "bulkhead-poststop";
 
 /// The resources of a sandbox that outlive its shim's process.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +44,22 @@ impl State {
             Err(error) => Err(error),
         }
     }
+}
+
+/// Notes in a container's bundle that its poststop hooks are about to run; whether nobody did before. The shim runs them when it deletes the
+/// container, and `delete` comes afterwards all the same, perhaps more than once.
+pub fn claim_poststop(bundle: &Path) -> bool {
+    match File::create_new(bundle.join(POSTSTOP)) {
+        // Where it cannot be noted, hooks that run twice are better than hooks that never run.
+        Ok(_) => true,
+        Err(error) => error.kind() != io::ErrorKind::AlreadyExists,
+    }
+}
+
+/// Forgets what [`claim_poststop`] noted: a container is made in the bundle, perhaps again.
+pub fn release_poststop(bundle: &Path) {
+    // It is rarely there.
+    let _ = fs::remove_file(bundle.join(POSTSTOP));
 }
 
 /// Writes a file that is never seen half-written.
@@ -144,6 +163,17 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         fs::write(dir.path().join(FILE), "{").unwrap();
         assert!(State::read(dir.path()).is_err());
+    }
+
+    #[test]
+    fn who_comes_first_runs_the_hooks() {
+        let dir = tempfile::tempdir().unwrap();
+        for _ in 0..2 {
+            assert!(claim_poststop(dir.path()));
+            assert!(!claim_poststop(dir.path()));
+            release_poststop(dir.path());
+        }
+        assert!(claim_poststop(&dir.path().join("missing")));
     }
 
     #[test]

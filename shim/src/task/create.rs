@@ -32,7 +32,7 @@ use crate::rootfs::binds::Binds;
 use crate::rootfs::{self, Mounts, Rootfs};
 use crate::sizing::{self, Host};
 use crate::spec::Spec;
-use crate::state::{ProcessId, State};
+use crate::state::{ProcessId, State, release_poststop};
 use crate::streams::{Ends, Stdio, Streams};
 
 /// What a container is made from.
@@ -95,6 +95,7 @@ impl Tasks {
             for_guest,
             binds,
         };
+        release_poststop(&bundle);
         let made = async {
             for stage in [Stage::Prestart, Stage::CreateRuntime] {
                 hooks.run(stage, Some(pid)).await?;
@@ -105,7 +106,7 @@ impl Tasks {
             Ok(made) => made,
             Err(error) => {
                 drop(stand_in);
-                hooks.run_all(Stage::Poststop, None).await;
+                hooks.run_last().await;
                 return Err(error);
             }
         };

@@ -365,7 +365,7 @@ impl Tasks {
                 container.init.stand_in = None;
                 Ok(container.hooks.clone())
             })?;
-            hooks.run_all(Stage::Poststop, None).await;
+            hooks.run_last().await;
         }
         let (exit, pid, deleted) = self.with(id, |container| {
             let process = process(container, exec_id)?;

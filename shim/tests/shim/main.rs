@@ -352,6 +352,54 @@ async fn hooks_run_on_the_host() {
     assert_eq!(host.remains(), [""; 0]);
 }
 
+async fn the_last_hooks_run_once() {
+    let host = Host::new().await;
+    let log = host.path("hooks");
+    let count = || {
+        let text = std::fs::read_to_string(&log).unwrap();
+        let count = text.lines().filter(|line| line.starts_with("poststop"));
+        count.count()
+    };
+    // One that ends, one that a hook does not want, one whose shim dies.
+    for (expected, id) in [(1, "c1"), (2, "c2"), (3, "c3")] {
+        let bundle = host.bundle(id, &["wait"], json!({}));
+        add_hooks(&bundle, &log, if id == "c2" { "prestart" } else { "" });
+        let shim = host.shim(&bundle).await;
+        let (pid, _) = shim.pids("").await;
+        let request = host.create_request(&bundle);
+        let created = shim.task.create(context(), &request).await;
+        assert_eq!(created.is_ok(), id != "c2");
+        if id == "c1" {
+            shim.kill(id, "", KILL).await.unwrap();
+            shim.wait(id, "").await.unwrap();
+            shim.delete(id, "").await.unwrap();
+        }
+        if id == "c3" {
+            kill(pid, Signal::SIGKILL);
+            gone(pid).await;
+        } else {
+            assert_eq!(count(), expected);
+            shim.shut_down().await;
+        }
+        // containerd calls it after every Delete.
+        for _ in 0..2 {
+            host.delete(&bundle);
+            assert_eq!(count(), expected);
+        }
+    }
+    // The bundle may be used again.
+    let bundle = host.path("c1");
+    let shim = host.shim(&bundle).await;
+    let request = host.create_request(&bundle);
+    shim.task.create(context(), &request).await.unwrap();
+    shim.kill("c1", "", KILL).await.unwrap();
+    shim.wait("c1", "").await.unwrap();
+    shim.delete("c1", "").await.unwrap();
+    assert_eq!(count(), 4);
+    shim.shut_down().await;
+    assert_eq!(host.remains(), [""; 0]);
+}
+
 async fn execs_have_lives_of_their_own() {
     let mut host = Host::new().await;
     let bundle = host.bundle("c1", &["wait"], json!({}));
@@ -1087,6 +1135,7 @@ fn main() -> ExitCode {
         processes_of_the_host_stand_for_those_of_the_guest,
         a_container_is_in_the_network_that_it_names,
         hooks_run_on_the_host,
+        the_last_hooks_run_once,
         a_start_is_told_before_its_end,
         want_of_memory_is_told_before_the_end,
         requests_reach_the_guest_and_its_refusals_the_client,
