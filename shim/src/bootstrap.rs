@@ -131,8 +131,8 @@ fn reply(address: String, with_params: bool) -> Result<Vec<u8>, Error> {
     .map_err(Error::Reply)
 }
 
-/// The group that a task's `config.json` puts it into.
-fn group(config: &[u8]) -> Result<Option<String>, Error> {
+/// The group that a task's `config.json` puts it into: the tasks that share a shim. Without one, a task has a shim to itself.
+pub fn group(config: &[u8]) -> Result<Option<String>, Error> {
     #[derive(Deserialize)]
     struct Annotated {
         #[serde(default)]

@@ -15,10 +15,6 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::readiness::happens;
 
-/// How long the removal of a dead shim's cgroup waits for processes that are on their way out. containerd gives `delete` five
-/// seconds in all.
-const END_PATIENCE: Duration = Duration::from_secs(2);
-
 /// How long a shim that leaves its cgroup waits for processes, or threads of its own, that are on their way out. Nobody waits for
 /// it then, but nobody else would remove the cgroup either.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(5);
@@ -279,9 +275,9 @@ impl Stay {
 }
 
 /// Removes the cgroup of a shim that is dead, and its parents like [`Stay::leave`]. Waits until the processes in it, which
-/// are ending, are gone.
-pub fn remove(directory: &Path) -> Result<(), Error> {
-    remove_from(&Hierarchy::all()?, directory, END_PATIENCE)
+/// are ending, are gone, at most for `patience`.
+pub fn remove(directory: &Path, patience: Duration) -> Result<(), Error> {
+    remove_from(&Hierarchy::all()?, directory, patience)
 }
 
 fn remove_from(

@@ -1,40 +1,55 @@
-//! `delete`: containerd cleans up after a task whose shim does not answer.
+//! `delete`: containerd cleans up after a task whose shim does not answer, or that it has deleted.
 //!
-//! It is called for every task of a pod, in parallel, also repeatedly, and for tasks that were never made; it has five seconds. What it does
-//! not find is not there to be cleaned up.
+//! It is called for every task of a pod, in parallel, also repeatedly, for tasks that were never made, and for each that the shim has deleted
+//! on request. So the shim may well live, and have other tasks. What `delete` does not find is not there to be cleaned up.
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use containerd_shim_protos::api::{DeleteRequest, DeleteResponse, KillRequest, WaitRequest};
+use containerd_shim_protos::api::{
+    ConnectRequest, DeleteRequest, DeleteResponse, KillRequest, ShutdownRequest, StateRequest,
+    WaitRequest,
+};
 use containerd_shim_protos::shim_async::TaskClient;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
 use protobuf::{Message, MessageField};
 use tokio::net::UnixStream;
+use tokio::time::timeout;
+use ttrpc::Code;
 use ttrpc::asynchronous::Client;
 use ttrpc::context::{Context, with_duration};
 
 use crate::args::Args;
-use crate::bootstrap::{ADDRESS, remove_dead_socket};
+use crate::bootstrap::{self, ADDRESS, remove_dead_socket};
 use crate::cgroup;
 use crate::network;
 use crate::process::{Exit, KILLED};
 use crate::spec::Spec;
-use crate::state::State;
+use crate::state::{ProcessId, State};
 
-/// How long a shim that ends of itself may take. containerd calls `delete` as soon as it has the answer to Shutdown.
-const END_PATIENCE: Duration = Duration::from_millis(1500);
+/// When a shim that lives has answered, of the time that `delete` has. This and the following are counted from its beginning, and together
+/// leave something of the five seconds that containerd gives it: for its own start, and its exit.
+const ANSWERED: Duration = Duration::from_millis(1500);
 
-/// How long a killed shim may take to be gone.
-const KILL_PATIENCE: Duration = Duration::from_secs(1);
+/// When a shim that lives has ended and deleted one of its containers.
+const ASKED: Duration = Duration::from_millis(2500);
 
-/// How long a shim that lives may take to end and delete one of its containers.
-const ASK_PATIENCE: Duration = Duration::from_secs(3);
+/// When a shim that ends of itself is gone. containerd calls `delete` as soon as it has the answer to Shutdown.
+const ENDED: Duration = Duration::from_secs(3);
 
-/// How long the hooks of a container whose shim is dead may take, of the five seconds.
-const HOOK_PATIENCE: Duration = Duration::from_secs(2);
+/// When a killed shim is gone, and the machine with it.
+const KILLED_BY: Duration = Duration::from_secs(4);
+
+/// When the hooks of a container whose shim could not run them are through.
+const HOOKED: Duration = Duration::from_millis(4500);
+
+/// How long a shim that ends may take to take its socket away, which is the first thing that it does.
+const LEAVE_PATIENCE: Duration = Duration::from_millis(250);
+
+/// How long until it is looked again at what is about to happen.
+const INTERVAL: Duration = Duration::from_millis(10);
 
 /// Why something was left behind.
 #[derive(Debug, thiserror::Error)]
@@ -65,16 +80,20 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, Error> {
         Some(bundle) => bundle.clone(),
         None => std::env::current_dir().map_err(failed("find", "the current directory"))?,
     };
+    let clock = Clock(Instant::now());
     let mut response = None;
     let cleaned = match State::read(&bundle) {
-        // The bundle of the shim's first task: with it go the shim and the machine, and what joins it to its network.
+        // The bundle of the shim's first task, which knows how to end the shim.
         Ok(Some(state)) => {
-            end_shim(&state).and(network::disconnect(&bundle).map_err(Error::Network))
+            let asked = ask_shim(&state.socket, &args.id, Some(state.shim), clock);
+            let standing = standing(&asked, &state.socket, &bundle);
+            response = asked.response();
+            end_shim(&state, standing, &bundle, clock)
         }
         // One of the others, which a shim that lives still has.
         Ok(None) => match socket_of(&bundle) {
             Some(socket) => {
-                response = ask_shim(&socket, &args.id);
+                response = ask_shim(&socket, &args.id, None, clock).response();
                 remove_dead_socket(&socket).map_err(failed("remove", socket))
             }
             None => Ok(()),
@@ -83,7 +102,7 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, Error> {
     };
     let unmounted = unmount(&bundle.join("rootfs"));
     if response.is_none() {
-        run_hooks(&bundle, &args.id);
+        run_hooks(&bundle, &args.id, clock.left(HOOKED));
     }
     cleaned.and(unmounted)?;
     let exit = Exit::now(KILLED);
@@ -97,23 +116,75 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, Error> {
         .map_err(Error::Reply)
 }
 
-/// Ends a shim, and with it the machine, and removes what they leave.
-fn end_shim(state: &State) -> Result<(), Error> {
-    // It takes its socket away first: then it needs no help.
-    if !state.socket.exists() {
-        state.shim.wait(END_PATIENCE);
+/// The one clock of all steps.
+#[derive(Debug, Clone, Copy)]
+struct Clock(Instant);
+
+impl Clock {
+    /// How long it is until a moment that is counted from the beginning.
+    fn left(self, moment: Duration) -> Duration {
+        moment.saturating_sub(self.0.elapsed())
     }
-    let killed = state.shim.kill(KILL_PATIENCE).map_err(Error::Kill);
+}
+
+/// What a shim does that has been asked to delete a task, and to end if that was the last.
+#[derive(Debug, Clone, Copy)]
+enum Standing {
+    /// It serves other tasks.
+    Needed,
+    /// It is on its way out.
+    Ending,
+    /// Nothing.
+    Silent,
+}
+
+/// Tells it from its answers, and from its socket, which a shim that ends takes away first.
+fn standing(asked: &Asked, socket: &Path, bundle: &Path) -> Standing {
+    match asked {
+        Asked::Nobody if socket.exists() => Standing::Silent,
+        Asked::Nobody | Asked::Another => Standing::Ending,
+        Asked::Answered(_) if is_alone(bundle) || disappears(socket) => Standing::Ending,
+        Asked::Answered(_) => Standing::Needed,
+    }
+}
+
+/// Whether a task is known to have a shim to itself. Then nothing is left to serve, not even if the task is still being created.
+fn is_alone(bundle: &Path) -> bool {
+    let config = std::fs::read(bundle.join("config.json"));
+    config.is_ok_and(|config| matches!(bootstrap::group(&config), Ok(None)))
+}
+
+/// Whether a shim's socket goes away.
+fn disappears(socket: &Path) -> bool {
+    let asked = Instant::now();
+    while socket.exists() {
+        if asked.elapsed() > LEAVE_PATIENCE {
+            return false;
+        }
+        std::thread::sleep(INTERVAL);
+    }
+    true
+}
+
+/// Ends a shim that nobody needs, and with it the machine, and removes what they leave, also of what joined it to its network.
+fn end_shim(state: &State, standing: Standing, bundle: &Path, clock: Clock) -> Result<(), Error> {
+    match standing {
+        Standing::Needed => return Ok(()),
+        Standing::Ending => state.shim.wait(clock.left(ENDED)),
+        Standing::Silent => {}
+    }
+    let killed = state.shim.kill(clock.left(KILLED_BY)).map_err(Error::Kill);
     let removed = match &state.cgroup {
-        Some(directory) => cgroup::remove(directory).map_err(Error::Cgroup),
+        Some(directory) => cgroup::remove(directory, clock.left(KILLED_BY)).map_err(Error::Cgroup),
         None => Ok(()),
     };
     let socket = remove_dead_socket(&state.socket).map_err(failed("remove", &state.socket));
-    killed.and(removed).and(socket)
+    let disconnected = network::disconnect(bundle).map_err(Error::Network);
+    killed.and(removed).and(socket).and(disconnected)
 }
 
 /// Runs the hooks that come after the end of a container, if the shim did not. A bundle may be half made: then there are none.
-fn run_hooks(bundle: &Path, id: &str) {
+fn run_hooks(bundle: &Path, id: &str, patience: Duration) {
     let Ok(json) = std::fs::read(bundle.join("config.json")) else {
         return;
     };
@@ -123,7 +194,7 @@ fn run_hooks(bundle: &Path, id: &str) {
     // What they say has no reader here.
     if let Ok(runtime) = runtime() {
         let run = hooks.run_last();
-        let _ = runtime.block_on(async { tokio::time::timeout(HOOK_PATIENCE, run).await });
+        let _ = runtime.block_on(async { timeout(patience, run).await });
     }
 }
 
@@ -139,36 +210,95 @@ fn socket_of(bundle: &Path) -> Option<PathBuf> {
     Some(PathBuf::from(address.trim().strip_prefix("unix://")?))
 }
 
-/// Has a shim that lives end and delete one of its containers; `None` if it does not live, or cannot.
-fn ask_shim(socket: &Path, id: &str) -> Option<DeleteResponse> {
-    let runtime = runtime().ok()?;
+/// What came of asking a shim.
+#[derive(Debug)]
+enum Asked {
+    /// Nobody answers in time, or not everything.
+    Nobody,
+    /// It is not the shim that was meant: that one has left the place.
+    Another,
+    /// It does not have the container any more; with what it said of its end, if it deleted it now.
+    Answered(Option<DeleteResponse>),
+}
+
+impl Asked {
+    fn response(self) -> Option<DeleteResponse> {
+        match self {
+            Self::Answered(response) => response,
+            Self::Nobody | Self::Another => None,
+        }
+    }
+}
+
+/// Has a shim that lives, and is the one that is `meant`, end and delete one of its containers; and itself, if that was the last.
+fn ask_shim(socket: &Path, id: &str, meant: Option<ProcessId>, clock: Clock) -> Asked {
     let ask = async {
-        let stream = UnixStream::connect(socket).await.ok()?;
-        let shim = TaskClient::new(Client::new(stream.into()));
-        let kill = KillRequest {
-            id: id.to_owned(),
-            signal: libc::SIGKILL as u32,
-            all: true,
-            ..Default::default()
+        let connect = async {
+            let stream = UnixStream::connect(socket).await.ok()?;
+            let shim = TaskClient::new(Client::new(stream.into()));
+            let answer = shim.connect(context(), &ConnectRequest::new()).await.ok()?;
+            Some((shim, answer.shim_pid))
         };
-        let wait = WaitRequest {
-            id: id.to_owned(),
-            ..Default::default()
+        let connected = timeout(clock.left(ANSWERED), connect).await;
+        let Some((shim, pid)) = connected.ok().flatten() else {
+            return Asked::Nobody;
         };
-        let delete = DeleteRequest {
-            id: id.to_owned(),
-            ..Default::default()
-        };
-        // It may have ended before, or never have been made; the answer to the last request is the one that counts.
-        let _ = shim.kill(context(), &kill).await;
-        let _ = shim.wait(context(), &wait).await;
-        shim.delete(context(), &delete).await.ok()
+        if meant.is_some_and(|meant| i64::from(meant.pid) != i64::from(pid)) {
+            return Asked::Another;
+        }
+        let asked = timeout(clock.left(ASKED), end_task(&shim, id)).await;
+        let asked = asked.unwrap_or(Asked::Nobody);
+        // One that is not known to have had this task may be about to get its first.
+        if matches!(&asked, Asked::Answered(response) if meant.is_some() || response.is_some()) {
+            let request = ShutdownRequest::new();
+            // What it does tells more than the answer, which may get lost.
+            let _ = timeout(clock.left(ENDED), shim.shutdown(context(), &request)).await;
+        }
+        asked
     };
-    runtime.block_on(async { tokio::time::timeout(ASK_PATIENCE, ask).await.ok()? })
+    runtime().map_or(Asked::Nobody, |runtime| runtime.block_on(ask))
+}
+
+/// Has a shim end and delete a container, until it does not have it any more.
+async fn end_task(shim: &TaskClient, id: &str) -> Asked {
+    let kill = KillRequest {
+        id: id.to_owned(),
+        signal: libc::SIGKILL as u32,
+        all: true,
+        ..Default::default()
+    };
+    let wait = WaitRequest {
+        id: id.to_owned(),
+        ..Default::default()
+    };
+    let delete = DeleteRequest {
+        id: id.to_owned(),
+        ..Default::default()
+    };
+    let state = StateRequest {
+        id: id.to_owned(),
+        ..Default::default()
+    };
+    // It may have ended before, or never have been made; what counts is that it is not there.
+    let _ = shim.kill(context(), &kill).await;
+    let _ = shim.wait(context(), &wait).await;
+    loop {
+        if let Ok(response) = shim.delete(context(), &delete).await {
+            return Asked::Answered(Some(response));
+        }
+        // Somebody else may be deleting it.
+        match shim.state(context(), &state).await {
+            Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::NOT_FOUND => {
+                return Asked::Answered(None);
+            }
+            Ok(_) | Err(ttrpc::Error::RpcStatus(_)) => tokio::time::sleep(INTERVAL).await,
+            Err(_) => return Asked::Nobody,
+        }
+    }
 }
 
 fn context() -> Context {
-    with_duration(ASK_PATIENCE)
+    with_duration(HOOKED)
 }
 
 /// Takes every mount off a directory.
@@ -195,7 +325,6 @@ fn failed(operation: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::ProcessId;
 
     fn call(bundle: &Path) -> Result<DeleteResponse, Error> {
         let args = Args {

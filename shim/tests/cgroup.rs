@@ -5,8 +5,12 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use bulkhead_shim::cgroup::{directory, enter, remove};
+
+/// How long a cgroup's last processes may take.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 #[test]
 fn a_process_enters_its_children_too_and_leaves_nothing() {
@@ -54,9 +58,9 @@ fn a_process_enters_its_children_too_and_leaves_nothing() {
     let stay = enter(&neighbour).unwrap();
     drop(child.stdin.take());
     let reaper = std::thread::spawn(move || child.wait().unwrap());
-    remove(&directory).unwrap();
+    remove(&directory, PATIENCE).unwrap();
     reaper.join().unwrap();
-    remove(&directory).unwrap();
+    remove(&directory, PATIENCE).unwrap();
     assert!(!is_clean());
     stay.leave().unwrap();
     assert!(is_clean());

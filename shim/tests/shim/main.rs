@@ -1001,9 +1001,72 @@ async fn delete_cleans_up_after_a_dead_shim() {
     host.hang_up().await;
 }
 
+async fn delete_leaves_a_shim_to_its_other_tasks() {
+    let mut host = Host::new().await;
+    let create = async |id: &str| {
+        let bundle = host.bundle(
+            id,
+            &["wait"],
+            json!({"io.containerd.runc.v2.group": "group"}),
+        );
+        let shim = host.shim(&bundle).await;
+        let request = host.create_request(&bundle);
+        let pid = shim.task.create(context(), &request).await.unwrap().pid;
+        shim.start(id, "").await.unwrap();
+        (bundle, shim, pid)
+    };
+    let (first, shim, _) = create("c1").await;
+    let (second, ..) = create("c2").await;
+    let (third, _, pid) = create("c3").await;
+    let (shim_pid, _) = shim.pids("c3").await;
+    // containerd deletes the first task, and then calls the binary.
+    shim.kill("c1", "", KILL).await.unwrap();
+    shim.wait("c1", "").await.unwrap();
+    shim.delete("c1", "").await.unwrap();
+    let request = Default::default();
+    shim.task.shutdown(context(), &request).await.unwrap();
+    for _ in 0..2 {
+        assert_eq!(host.delete(&first).exit_status, 137);
+    }
+    std::fs::remove_dir_all(&first).unwrap();
+    for id in ["c2", "c3"] {
+        assert_eq!(shim.status(id, "").await, Status::RUNNING);
+    }
+    // Another it has the binary delete.
+    assert_eq!(host.delete(&second).exit_status, 137);
+    let error = shim.state("c2", "").await.unwrap_err();
+    assert_eq!(code(&error), Code::NOT_FOUND);
+    assert_eq!(shim.pids("c3").await, (shim_pid, pid));
+    shim.kill("c3", "", TERM).await.unwrap();
+    assert_eq!(shim.wait("c3", "").await.unwrap().exit_status, 143);
+    shim.delete("c3", "").await.unwrap();
+    shim.shut_down().await;
+    host.delete(&third);
+    assert_eq!(host.remains(), [""; 0]);
+
+    // The last one of the first task's bundle takes the shim along, even if it runs.
+    let (first, shim, pid) = create("c4").await;
+    let (shim_pid, _) = shim.pids("c4").await;
+    let (second, ..) = create("c5").await;
+    assert_eq!(host.delete(&second).exit_status, 137);
+    assert_eq!(shim.pids("c4").await, (shim_pid, pid));
+    let asked = Instant::now();
+    assert_eq!(host.delete(&first).exit_status, 137);
+    assert!(asked.elapsed() < Duration::from_secs(5));
+    gone(shim_pid).await;
+    assert_eq!(host.remains(), [""; 0]);
+    host.hang_up().await;
+}
+
 async fn delete_ends_a_shim_that_hangs() {
     let host = Host::new().await;
     let bundle = host.bundle("c1", &["wait"], json!({}));
+    let path = bundle.join("config.json");
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    // With a hook that hangs too.
+    config["hooks"]["poststop"] = json!([{"path": "/bin/sleep", "args": ["sleep", "60"]}]);
+    std::fs::write(&path, config.to_string()).unwrap();
     let shim = host.shim(&bundle).await;
     let pid = shim
         .task
@@ -1013,7 +1076,9 @@ async fn delete_ends_a_shim_that_hangs() {
         .pid;
     let (shim_pid, _) = shim.pids("c1").await;
     kill(shim_pid, Signal::SIGSTOP);
+    let asked = Instant::now();
     assert_eq!(host.delete(&bundle).exit_status, 137);
+    assert!(asked.elapsed() < Duration::from_secs(5));
     gone(shim_pid).await;
     gone(pid).await;
     assert_eq!(host.remains(), [""; 0]);
@@ -1151,6 +1216,7 @@ fn main() -> ExitCode {
         what_a_client_does_not_wait_for_is_deleted,
         a_pod_outlives_its_containers,
         delete_cleans_up_after_a_dead_shim,
+        delete_leaves_a_shim_to_its_other_tasks,
         delete_ends_a_shim_that_hangs,
         a_restart_of_containerd_loses_nothing,
         the_answer_of_old_is_a_plain_address,
