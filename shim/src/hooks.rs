@@ -1,6 +1,6 @@
 //! Hooks that are programs of the host (runtime-spec, "POSIX-platform Hooks"): prestart, createRuntime, poststart, poststop.
 //!
-//! They run where the shim runs, and find the container's state on their standard input. Those that come before the container runs can
+//! They run where the shim runs, in the container's bundle, and find the container's state on their standard input. Those that come before the container runs can
 //! prevent it; the failures of the others are logged. (createContainer and startContainer hooks are the guest's.)
 
 use std::collections::HashMap;
@@ -152,7 +152,7 @@ impl Hooks {
             pid,
         };
         let ran = match serde_json::to_vec(&state) {
-            Ok(state) => run(hook, &state).await,
+            Ok(state) => run(hook, &self.subject.bundle, &state).await,
             Err(error) => Err(Problem::Run(error.into())),
         };
         ran.map_err(|problem| Error {
@@ -163,9 +163,9 @@ impl Hooks {
     }
 }
 
-async fn run(hook: &Hook, state: &[u8]) -> Result<(), Problem> {
+async fn run(hook: &Hook, bundle: &str, state: &[u8]) -> Result<(), Problem> {
     let mut words = file(&[]).map_err(Problem::Run)?;
-    let mut child = command(hook, state, &words)
+    let mut child = command(hook, bundle, state, &words)
         .and_then(|mut command| command.spawn())
         .map_err(Problem::Run)?;
     let limit = hook.timeout().and_then(|limit| u64::try_from(limit).ok());
@@ -187,7 +187,7 @@ async fn run(hook: &Hook, state: &[u8]) -> Result<(), Problem> {
     Err(Problem::Failed { status, words })
 }
 
-fn command(hook: &Hook, state: &[u8], words: &File) -> io::Result<Command> {
+fn command(hook: &Hook, bundle: &str, state: &[u8], words: &File) -> io::Result<Command> {
     let mut command = Command::new(hook.path());
     if let Some([name, arguments @ ..]) = hook.args().as_deref() {
         command.arg0(name).args(arguments);
@@ -196,7 +196,9 @@ fn command(hook: &Hook, state: &[u8], words: &File) -> io::Result<Command> {
         command.env_clear();
         command.envs(environment.iter().filter_map(|pair| pair.split_once('=')));
     }
+    // The shim itself stays in the bundle of its pod.
     command
+        .current_dir(bundle)
         .stdin(file(state)?)
         .stdout(words.try_clone()?)
         .stderr(words.try_clone()?)
@@ -228,9 +230,12 @@ fn last_words(words: &mut File) -> io::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
-    fn hooks(stage: Stage, scripts: &[&str], timeout: Option<i64>) -> Hooks {
+    /// The hooks of a container whose bundle this is.
+    fn hooks(bundle: &Path, stage: Stage, scripts: &[&str], timeout: Option<i64>) -> Hooks {
         let hook = |script: &&str| {
             let mut hook = Hook::default();
             hook.set_path("/bin/sh".into());
@@ -244,32 +249,33 @@ mod tests {
             subject: Subject {
                 oci_version: "1.0.2".into(),
                 id: "c1".into(),
-                bundle: "/bundle".into(),
+                bundle: bundle.to_str().unwrap().into(),
                 annotations: HashMap::from([("key".into(), "value".into())]),
             },
         }
     }
 
     #[tokio::test]
-    async fn a_hook_finds_the_state_on_its_input() {
+    async fn a_hook_finds_the_state_on_its_input_and_runs_in_the_bundle() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("state");
-        let script = format!("cat >{0}; echo $0 $A >>{0}", path.display());
-        let hooks = hooks(Stage::CreateRuntime, &[&script], None);
+        let bundle = dir.path().canonicalize().unwrap();
+        // The path of the file is relative.
+        let script = "cat >state; echo $0 $A $(pwd -P) >>state";
+        let hooks = hooks(&bundle, Stage::CreateRuntime, &[script], None);
         hooks.run(Stage::CreateRuntime, Some(7)).await.unwrap();
-        let text = std::fs::read_to_string(path).unwrap();
+        let text = std::fs::read_to_string(bundle.join("state")).unwrap();
         let (state, rest) = text.rsplit_once('}').unwrap();
-        assert_eq!(rest, "hook b=c\n");
+        assert_eq!(rest, format!("hook b=c {}\n", bundle.display()));
         let state: serde_json::Value = serde_json::from_str(&format!("{state}}}")).unwrap();
         let expected = serde_json::json!({
-            "ociVersion": "1.0.2", "id": "c1", "status": "creating", "pid": 7, "bundle": "/bundle",
+            "ociVersion": "1.0.2", "id": "c1", "status": "creating", "pid": 7, "bundle": bundle,
             "annotations": {"key": "value"},
         });
         assert_eq!(state, expected);
         // It is of this stage alone.
-        std::fs::remove_file(dir.path().join("state")).unwrap();
+        std::fs::remove_file(bundle.join("state")).unwrap();
         hooks.run(Stage::Prestart, Some(7)).await.unwrap();
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert_eq!(std::fs::read_dir(&bundle).unwrap().count(), 0);
     }
 
     #[tokio::test]
@@ -277,7 +283,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mark = format!("echo >{}", dir.path().join("mark").display());
         let scripts = ["echo no such thing >&2; exit 3", &mark];
-        let creating = hooks(Stage::Prestart, &scripts, None);
+        let creating = hooks(dir.path(), Stage::Prestart, &scripts, None);
         let error = creating.run(Stage::Prestart, None).await.unwrap_err();
         let text = error.to_string();
         assert_eq!(
@@ -286,14 +292,19 @@ mod tests {
         );
         assert!(!dir.path().join("mark").exists());
         // Unless nothing can be prevented.
-        let stopped = hooks(Stage::Poststop, &scripts, None);
+        let stopped = hooks(dir.path(), Stage::Poststop, &scripts, None);
         stopped.run_all(Stage::Poststop, None).await;
         assert!(dir.path().join("mark").exists());
     }
 
     #[tokio::test]
     async fn a_hook_that_takes_too_long_is_killed() {
-        let hooks = hooks(Stage::Poststart, &["exec cat <>/dev/ptmx"], Some(1));
+        let hooks = hooks(
+            Path::new("/"),
+            Stage::Poststart,
+            &["exec cat <>/dev/ptmx"],
+            Some(1),
+        );
         let error = hooks.run(Stage::Poststart, Some(1)).await.unwrap_err();
         assert!(error.to_string().contains("within 1 s"), "{error}");
         let mut missing = Hook::default();
