@@ -214,10 +214,10 @@ pub async fn settings_of_the_guest_are_its_containers(guest: &Guest) {
 }
 
 pub async fn limits_and_priorities_are_set(guest: &Guest) {
-    let outcome = with(guest, "grep -E 'open files|core file' /proc/self/limits; cat /proc/self/stat /proc/self/oom_score_adj", |spec| {
+    let outcome = with(guest, "grep -E 'open files|core file' /proc/self/limits; cat /proc/self/stat /proc/self/oom_score_adj; ionice -p $$", |spec| {
         spec["process"]["rlimits"] = json!([{"type": "RLIMIT_NOFILE", "soft": 77, "hard": 88}, {"type": "RLIMIT_CORE", "soft": 0, "hard": 0}]);
         spec["process"]["scheduler"] = json!({"policy": "SCHED_BATCH", "nice": 5});
-        spec["process"]["ioPriority"] = json!({"class": "IOPRIO_CLASS_IDLE", "priority": 0});
+        spec["process"]["ioPriority"] = json!({"class": "IOPRIO_CLASS_BE", "priority": 6});
         spec["process"]["oomScoreAdj"] = json!(321);
     })
     .await;
@@ -226,11 +226,12 @@ pub async fn limits_and_priorities_are_set(guest: &Guest) {
         .lines()
         .map(|line| line.split_whitespace().collect())
         .collect();
-    assert_eq!(lines.len(), 4, "{outcome:?}");
+    assert_eq!(lines.len(), 5, "{outcome:?}");
     assert_eq!(lines[0][4..6], ["0", "0"]);
     assert_eq!(lines[1][3..5], ["77", "88"]);
-    // The 19th field is the nice value.
-    assert_eq!((lines[2][18], lines[3][0]), ("5", "321"));
+    // The 19th field is the nice value, the 41st the policy, of which SCHED_BATCH is number 3.
+    assert_eq!((lines[2][18], lines[2][40], lines[3][0]), ("5", "3", "321"));
+    assert_eq!(lines[4], ["best-effort:", "prio", "6"]);
 }
 
 pub async fn an_exec_is_confined_as_its_container(guest: &Guest) {
