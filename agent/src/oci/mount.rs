@@ -9,6 +9,10 @@ use super::mapping::Mappings;
 use crate::error::Error;
 use crate::sys::MountAttributes;
 
+/// Flags that rustix does not name.
+const POSIX_ACL: MountFlags = MountFlags::from_bits_retain(libc::MS_POSIXACL as u32);
+const I_VERSION: MountFlags = MountFlags::from_bits_retain(libc::MS_I_VERSION as u32);
+
 /// A mount of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
@@ -198,6 +202,10 @@ fn superblock(option: &str) -> Option<(MountFlags, bool)> {
         "nomand" => Some((MountFlags::PERMIT_MANDATORY_FILE_LOCKING, false)),
         "silent" => Some((MountFlags::SILENT, true)),
         "loud" => Some((MountFlags::SILENT, false)),
+        "acl" => Some((POSIX_ACL, true)),
+        "noacl" => Some((POSIX_ACL, false)),
+        "iversion" => Some((I_VERSION, true)),
+        "noiversion" => Some((I_VERSION, false)),
         _ => None,
     }
 }
@@ -309,6 +317,20 @@ mod tests {
         );
         assert_eq!(mount.options.data, ["mode=755", "size=65536k"]);
         assert!(matches!(mount.kind, Kind::Filesystem { kind, .. } if kind == "tmpfs"));
+    }
+
+    #[test]
+    fn options_of_a_whole_file_system_are_flags() {
+        let parsed = |options: &[&str]| {
+            let options = Options::parse(options.iter().copied()).unwrap();
+            assert!(options.data.is_empty(), "{options:?}");
+            options.flags.bits()
+        };
+        let both = (libc::MS_POSIXACL | libc::MS_I_VERSION) as u32;
+        assert_eq!(parsed(&["acl", "iversion"]), both);
+        assert_eq!(parsed(&["acl", "iversion", "noacl", "noiversion"]), 0);
+        let bind = r#"{"destination":"/x","type":"bind","source":"/y","options":["bind","acl","noacl","iversion","noiversion","sync"]}"#;
+        assert!(mount(bind).is_ok());
     }
 
     #[test]
