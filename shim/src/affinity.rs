@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use oci_spec::runtime::LinuxResources;
 use rustix::process::Pid;
@@ -31,20 +31,27 @@ pub enum Error {
     Nodes(String),
 }
 
-/// What the containers of a machine have asked for, by their identifiers; none for a container that may run anywhere.
+/// The processors that a container asks for; none if it may run anywhere.
+type Cpus = Option<Vec<usize>>;
+
+/// What the containers of a machine have asked for, by their identifiers.
 #[derive(Debug, Default)]
 pub struct Affinity {
-    wanted: Mutex<HashMap<String, Option<Vec<usize>>>>,
+    wanted: Mutex<HashMap<String, Cpus>>,
 }
 
+/// What a container had asked for before it asked for something else; none if it was not there.
+#[derive(Debug)]
+pub struct Before(Option<Cpus>);
+
 impl Affinity {
-    /// Notes what a container asks for, and moves the machine, whose process is `machine`, there.
+    /// Notes what a container asks for, and moves the machine, whose process is `machine`, there. If that fails all stays as it is.
     pub fn set(
         &self,
         id: &str,
         machine: u32,
         resources: Option<&LinuxResources>,
-    ) -> Result<(), Error> {
+    ) -> Result<Before, Error> {
         let cpu = resources.and_then(|resources| resources.cpu().as_ref());
         let text = |list: Option<&String>| list.filter(|list| !list.is_empty()).cloned();
         if let Some(nodes) = text(cpu.and_then(|cpu| cpu.mems().as_ref())) {
@@ -52,38 +59,73 @@ impl Affinity {
         }
         let cpus = text(cpu.and_then(|cpu| cpu.cpus().as_ref()));
         let list = cpus.as_ref().map(|list| parse("cpus", list)).transpose()?;
-        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut wanted = self.wanted();
         let before = wanted.insert(id.to_owned(), list);
-        if wanted.values().all(Option::is_none) && before.is_none_or(|before| before.is_none()) {
+        if wanted.values().all(Option::is_none) && before.iter().all(Option::is_none) {
             // As it was born.
-            return Ok(());
+            return Ok(Before(before));
         }
-        pin(machine, union(wanted.values())).map_err(|source| Error::Pin {
-            list: cpus.unwrap_or_default(),
-            source,
-        })
+        match pin(machine, union(wanted.values())) {
+            Ok(()) => Ok(Before(before)),
+            Err(source) => {
+                // Some of its threads may have been moved.
+                restore(&mut wanted, id, machine, Before(before));
+                let list = cpus.unwrap_or_default();
+                Err(Error::Pin { list, source })
+            }
+        }
     }
 
-    /// Notes what an update asks for: nothing, if it does not speak of processors.
-    pub fn update(&self, id: &str, machine: u32, resources: &LinuxResources) -> Result<(), Error> {
+    /// Notes what an update asks for, and tells what was before: nothing, if it does not speak of processors.
+    pub fn update(
+        &self,
+        id: &str,
+        machine: u32,
+        resources: &LinuxResources,
+    ) -> Result<Option<Before>, Error> {
         let list = |list: &Option<String>| list.as_ref().is_some_and(|list| !list.is_empty());
         match resources.cpu() {
             Some(cpu) if list(cpu.cpus()) || list(cpu.mems()) => {
-                self.set(id, machine, Some(resources))
+                self.set(id, machine, Some(resources)).map(Some)
             }
-            _ => Ok(()),
+            _ => Ok(None),
+        }
+    }
+
+    /// Takes back what an update has changed, unless the container has been forgotten meanwhile.
+    pub fn put_back(&self, id: &str, machine: u32, before: Before) {
+        let mut wanted = self.wanted();
+        if wanted.contains_key(id) {
+            restore(&mut wanted, id, machine, before);
         }
     }
 
     /// Forgets a container. The machine stays where it is until another container says something.
     pub fn forget(&self, id: &str) {
-        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
-        wanted.remove(id);
+        self.wanted().remove(id);
+    }
+
+    fn wanted(&self) -> MutexGuard<'_, HashMap<String, Cpus>> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Notes again what a container had asked for, and moves the machine back.
+fn restore(wanted: &mut HashMap<String, Cpus>, id: &str, machine: u32, before: Before) {
+    match before.0 {
+        Some(cpus) => wanted.insert(id.to_owned(), cpus),
+        None => wanted.remove(id),
+    };
+    if let Err(error) = pin(machine, union(wanted.values())) {
+        // The error to tell is the first one.
+        log::warn!("moving the machine back to its processors: {error}");
     }
 }
 
 /// Where a machine may run whose containers ask for this; none for anywhere.
-fn union<'a>(lists: impl Iterator<Item = &'a Option<Vec<usize>>>) -> Option<CpuSet> {
+fn union<'a>(lists: impl Iterator<Item = &'a Cpus>) -> Option<CpuSet> {
+    let mut lists = lists.peekable();
+    lists.peek()?;
     let mut all = CpuSet::new();
     for list in lists {
         list.as_ref()?.iter().for_each(|&cpu| all.set(cpu));
@@ -179,6 +221,7 @@ mod tests {
         assert!(all.is_set(1) && all.is_set(2) && all.is_set(5));
         assert_eq!(all.count(), 3);
         assert!(union([Some(vec![1]), None].iter()).is_none());
+        assert!(union([].iter()).is_none());
     }
 
     #[test]
@@ -214,10 +257,18 @@ mod tests {
         assert_eq!(sched_getaffinity(pid).unwrap(), own);
         affinity.forget("b");
         affinity.update("a", child.id(), &asked("")).unwrap();
-        affinity
+        let moved = affinity
             .update("a", child.id(), &asked(&first.to_string()))
             .unwrap();
         assert_eq!(sched_getaffinity(pid).unwrap().count(), 1);
+        // What was there before is there again.
+        let before = affinity.set("b", child.id(), None).unwrap();
+        assert_eq!(sched_getaffinity(pid).unwrap(), own);
+        affinity.put_back("b", child.id(), before);
+        assert_eq!(sched_getaffinity(pid).unwrap().count(), 1);
+        // Not for a container that is gone.
+        affinity.put_back("b", child.id(), moved.unwrap());
+        assert_eq!(affinity.wanted().len(), 1);
         let error = affinity
             .update("a", child.id(), &asked("1023"))
             .unwrap_err();
@@ -225,6 +276,9 @@ mod tests {
             error.to_string().contains("linux.resources.cpu.cpus"),
             "{error}"
         );
+        // The same if moving fails.
+        assert_eq!(affinity.wanted()["a"], Some(vec![first]));
+        assert_eq!(sched_getaffinity(pid).unwrap().count(), 1);
         drop(child.stdin.take());
         child.wait().unwrap();
     }

@@ -138,7 +138,7 @@ impl Tasks {
         })
     }
 
-    /// Changes the limits of a container.
+    /// Changes the limits of a container: all that are asked for, or none.
     pub(super) async fn update(&self, mut request: UpdateTaskRequest) -> Result<(), Error> {
         let backing = self.with(&request.id, |container| match container.init.phase {
             _ if container.kind == Kind::Sandbox => Err(Error::Unsupported(
@@ -150,16 +150,24 @@ impl Tasks {
             }),
             _ => Ok(container.backing.clone()),
         })?;
+        let id = request.id.clone();
+        let mut moved = None;
         if let Some(resources) = request.resources.as_mut() {
-            let (machine, json) = (self.sandbox.machine()?, resources.value.as_slice());
-            self.affinity
-                .update(&request.id, machine.pid(), &spec::resources(json)?)?;
-            resources.value = spec::resources_for_guest(json, &backing)?;
+            let asked = spec::resources(&resources.value)?;
+            resources.value = spec::resources_for_guest(&resources.value, &backing)?;
+            let machine = self.sandbox.machine()?.pid();
+            let before = self.affinity.update(&id, machine, &asked)?;
+            moved = before.map(|before| (machine, before));
         }
-        self.sandbox
+        let updated = self
+            .sandbox
             .ask(|agent| async move { agent.update(Context::default(), &request).await })
-            .await
-            .map(drop)
+            .await;
+        // The guest changes everything or nothing.
+        if let (Err(_), Some((machine, before))) = (&updated, moved) {
+            self.affinity.put_back(&id, machine, before);
+        }
+        updated.map(drop)
     }
 
     /// What a container uses.
