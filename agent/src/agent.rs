@@ -10,7 +10,7 @@ use oci_spec::runtime::LinuxResources;
 use rustix::fs::{Mode, OFlags, major, minor};
 use rustix::process::Pid;
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, devices, limits};
 use crate::container::Container;
 use crate::disk;
 use crate::error::{Context, Error};
@@ -45,6 +45,8 @@ pub struct Agent {
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
     /// The children whose exits matter.
     children: Mutex<HashMap<u32, Owner>>,
+    /// Held while limits of disks change: an update that fails puts back what it found, which must not be what another has set meanwhile.
+    limiting: Mutex<()>,
     null: OwnedFd,
     pid_namespace: OwnedFd,
 }
@@ -76,6 +78,7 @@ impl Agent {
             kills: Arc::default(),
             containers: Mutex::default(),
             children: Mutex::default(),
+            limiting: Mutex::default(),
             null: open("/dev/null", OFlags::RDWR)?,
             pid_namespace: open("/proc/self/ns/pid", OFlags::RDONLY)?,
         }))
@@ -158,30 +161,53 @@ impl Agent {
     }
 
     /// Sets the limits of the disks that a container with this root uses.
-    pub fn limit_disks(
+    fn limit_disks(
         &self,
         root: &Root,
         cgroup: &Cgroup,
         resources: &LinuxResources,
     ) -> Result<(), Error> {
+        let _limiting = self.limiting(resources);
+        cgroup.limit_disks(resources, |disk| self.disk_number(root, disk))
+    }
+
+    /// Changes the limits of a container, and which devices it may use if `devices` says so: all of it or, if something fails, nothing.
+    pub fn change_limits(
+        &self,
+        container: &Container,
+        resources: &LinuxResources,
+        devices: Option<&[devices::Rule]>,
+    ) -> Result<(), Error> {
+        let root = &container.built.root;
+        let _limiting = self.limiting(resources);
+        let number = |disk| self.disk_number(root, disk);
+        container.cgroup.change(resources, devices, number)
+    }
+
+    /// Keeps others from changing limits of disks, if these limits are such. Others need not wait: to lower a limit of memory may take long.
+    fn limiting(&self, resources: &LinuxResources) -> Option<MutexGuard<'_, ()>> {
+        let lock = || self.limiting.lock().unwrap_or_else(PoisonError::into_inner);
+        limits::have_disks(resources).then(lock)
+    }
+
+    /// The number (`MAJOR:MINOR`) of a disk that a limit names; none if a container with this root has no such disk.
+    fn disk_number(&self, root: &Root, disk: u32) -> Result<Option<String>, Error> {
+        let what = || format!("finding the disk {disk} for a limit");
         let number = |device| format!("{}:{}", major(device), minor(device));
-        cgroup.limit_disks(resources, |disk| {
-            let what = || format!("finding the disk {disk} for a limit");
-            match (disk, root.disk()) {
-                (SCRATCH_DISK, _) => {
-                    let scratch = rustix::fs::stat(self.paths.run.join("scratch")).context(what)?;
-                    Ok(Some(number(scratch.st_dev)))
-                }
-                (ROOT_DISK, None) => Ok(None),
-                (ROOT_DISK, Some(slot)) => {
-                    let node = rustix::fs::stat(disk::node(slot, None)?).context(what)?;
-                    Ok(Some(number(node.st_rdev)))
-                }
-                _ => Err(Error::InvalidArgument(format!(
-                    "linux.resources: there is no disk {disk}"
-                ))),
+        match (disk, root.disk()) {
+            (SCRATCH_DISK, _) => {
+                let scratch = rustix::fs::stat(self.paths.run.join("scratch")).context(what)?;
+                Ok(Some(number(scratch.st_dev)))
             }
-        })
+            (ROOT_DISK, None) => Ok(None),
+            (ROOT_DISK, Some(slot)) => {
+                let node = rustix::fs::stat(disk::node(slot, None)?).context(what)?;
+                Ok(Some(number(node.st_rdev)))
+            }
+            _ => Err(Error::InvalidArgument(format!(
+                "linux.resources: there is no disk {disk}"
+            ))),
+        }
     }
 
     /// Starts a container's init, or an exec.

@@ -151,13 +151,30 @@ pub fn child(directory: &Path, wanted: impl Fn(&str) -> bool) -> io::Result<Opti
 
 /// Has the disk of this number (`MAJOR:MINOR`) shared between control groups by their weights. Until then it has no scheduler, which costs least.
 pub fn share_by_weights(number: &str) -> Result<(), Error> {
-    let queue = PathBuf::from(format!("/sys/dev/block/{number}/queue"));
+    let queue = queue(number);
     // BFQ's own ideas of what is interactive would override the weights.
     for (file, value) in [("scheduler", "bfq"), ("iosched/low_latency", "0")] {
         let path = queue.join(file);
         fs::write(&path, value).context(|| format!("writing {value:?} to {}", path.display()))?;
     }
     Ok(())
+}
+
+/// The file with the scheduler of the disk of this number, and what to write to it to have the one that it has now.
+pub fn scheduler(number: &str) -> io::Result<Option<(PathBuf, String)>> {
+    let path = queue(number).join("scheduler");
+    let text = fs::read_to_string(&path)?;
+    Ok(chosen(&text).map(|name| (path, name.to_owned())))
+}
+
+fn queue(number: &str) -> PathBuf {
+    format!("/sys/dev/block/{number}/queue").into()
+}
+
+/// The name in brackets, which is that of the scheduler in use.
+fn chosen(schedulers: &str) -> Option<&str> {
+    let mut names = schedulers.split_ascii_whitespace();
+    names.find_map(|name| name.strip_prefix('[')?.strip_suffix(']'))
 }
 
 fn kernel_events() -> io::Result<OwnedFd> {
@@ -170,4 +187,16 @@ fn kernel_events() -> io::Result<OwnedFd> {
     // Group 1 is the kernel's.
     rustix::net::bind(&socket, &netlink::SocketAddrNetlink::new(0, 1))?;
     Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_scheduler_in_use_is_in_brackets() {
+        assert_eq!(chosen("[none] bfq \n"), Some("none"));
+        assert_eq!(chosen("none [bfq] \n"), Some("bfq"));
+        assert_eq!(chosen("none\n"), None);
+    }
 }

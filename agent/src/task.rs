@@ -130,14 +130,12 @@ impl TaskService {
         }
         let resources = value("resources", &request.resources, RESOURCES_TYPE_URL)?;
         let resources = oci::parse_resources(resources)?;
-        let root = &container.built.root;
+        let rules = match resources.devices().as_deref() {
+            None | Some([]) => None,
+            Some(asked) => Some(devices::rules(asked)?),
+        };
         self.agent
-            .limit_disks(root, &container.cgroup, &resources)?;
-        container.cgroup.change_limits(&resources)?;
-        match resources.devices().as_deref() {
-            None | Some([]) => Ok(()),
-            Some(asked) => container.cgroup.allow_devices(&devices::rules(asked)?),
-        }
+            .change_limits(&container, &resources, rules.as_deref())
     }
 
     fn list(&self, request: &PidsRequest) -> Result<PidsResponse, Error> {

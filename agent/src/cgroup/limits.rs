@@ -7,9 +7,16 @@ use oci_spec::runtime::{
 };
 
 use crate::error::{Context, Error};
+use crate::protocol::{ROOT_DISK, SCRATCH_DISK};
+
+/// How the names of the files for input and output begin.
+const DISKS: &str = "io.";
 
 /// The file of weights, by which the scheduler BFQ shares a disk.
 const WEIGHT: &str = "io.bfq.weight";
+
+/// What stands in that file for the disks without a weight of their own.
+pub const DEFAULT: &str = "default";
 
 /// A value to write to a file of the group.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,7 +28,7 @@ pub struct Setting {
 impl Setting {
     /// Whether it is for input and output, and may name a disk.
     pub fn is_of_disks(&self) -> bool {
-        self.file.starts_with("io.")
+        self.file.starts_with(DISKS)
     }
 
     /// Whether it is a weight, which means nothing to a disk whose scheduler does not share by weights.
@@ -29,11 +36,40 @@ impl Setting {
         self.file == WEIGHT
     }
 
+    /// The disks that must be shared by weights for it to mean something.
+    pub fn weighed(&self) -> Vec<u32> {
+        match self.disk() {
+            _ if !self.is_weight() => Vec::new(),
+            Some((disk, _)) => vec![disk],
+            None => vec![SCRATCH_DISK, ROOT_DISK],
+        }
+    }
+
     /// The disk at the beginning of its value, as the host calls it, and what follows.
     pub fn disk(&self) -> Option<(u32, &str)> {
         let (disk, rest) = self.value.strip_prefix("0:")?.split_once(' ')?;
         Some((disk.parse().ok()?, rest))
     }
+}
+
+/// Whether limits may be those of disks.
+pub fn have_disks(resources: &LinuxResources) -> bool {
+    let mut unified = resources.unified().iter().flatten();
+    resources.block_io().is_some() || unified.any(|(file, _)| file.starts_with(DISKS))
+}
+
+/// What to write to a file of disks with this content to have again what it says of one of them, or ([`DEFAULT`]) of all others.
+pub fn in_force(file: &str, content: &str, number: &str) -> Option<String> {
+    let mut lines = content.lines();
+    let unlimited = match lines.find(|line| line.split(' ').next() == Some(number)) {
+        Some(line) => return Some(line.to_owned()),
+        // A disk without a limit has no line.
+        None if file == WEIGHT => DEFAULT,
+        None if file == "io.max" => "rbps=max wbps=max riops=max wiops=max",
+        None if file == "io.latency" => "target=0",
+        None => return None,
+    };
+    Some(format!("{number} {unlimited}"))
 }
 
 fn setting(file: &str, value: impl ToString) -> Setting {
@@ -392,6 +428,34 @@ mod tests {
         assert_eq!(disk("io.max", "8:0 rbps=9"), None);
         assert!(setting("io.max", "").is_of_disks() && !setting("pids.max", "").is_of_disks());
         assert!(setting("io.bfq.weight", "").is_weight() && !setting("io.max", "").is_weight());
+    }
+
+    #[test]
+    fn limits_of_disks_are_known_as_such() {
+        let have = |json: &str| have_disks(&serde_json::from_str(json).unwrap());
+        assert!(have(r#"{"blockIO":{"weight":10}}"#));
+        assert!(have(
+            r#"{"unified":{"memory.high":"5","io.max":"1:2 rbps=3"}}"#
+        ));
+        assert!(!have(
+            r#"{"memory":{"limit":5},"unified":{"memory.high":"5"}}"#
+        ));
+    }
+
+    #[test]
+    fn what_is_said_of_a_disk_can_be_said_again() {
+        let max = "254:0 rbps=9 wbps=max riops=max wiops=max\n";
+        let of = |file, content, number| in_force(file, content, number).unwrap();
+        assert_eq!(of("io.max", max, "254:0"), max.trim_end());
+        assert_eq!(
+            of("io.max", max, "254:1"),
+            "254:1 rbps=max wbps=max riops=max wiops=max"
+        );
+        let weights = "default 100\n254:16 700\n";
+        assert_eq!(of("io.bfq.weight", weights, "default"), "default 100");
+        assert_eq!(of("io.bfq.weight", weights, "254:16"), "254:16 700");
+        assert_eq!(of("io.bfq.weight", weights, "254:1"), "254:1 default");
+        assert_eq!(in_force("io.prio.class", "no-change\n", "254:0"), None);
     }
 
     #[test]

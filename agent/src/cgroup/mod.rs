@@ -17,7 +17,6 @@ use tokio::io::unix::AsyncFd;
 
 use crate::disk;
 use crate::error::{Context, Error};
-use crate::protocol::{ROOT_DISK, SCRATCH_DISK};
 use crate::sys::{self, asynchronous};
 
 /// The controllers that containers are given, as far as the kernel has them.
@@ -93,21 +92,57 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Does the same while the container is there: if one limit cannot be set all stay as they are.
-    pub fn change_limits(&self, resources: &LinuxResources) -> Result<(), Error> {
-        let settings = limits::settings(resources, || self.quota())?.into_iter();
-        let settings = settings.filter(|setting| !setting.is_of_disks());
-        let before: Vec<_> = settings
-            .filter_map(|limits::Setting { file, .. }| Some((self.read(&file).ok()?, file)))
-            .collect();
-        let changed = self.limit(resources);
+    /// Sets limits, those of disks too, and which devices may be used if `devices` says so, while the container is there: if something
+    /// cannot be set all stays as it is.
+    pub fn change(
+        &self,
+        resources: &LinuxResources,
+        devices: Option<&[devices::Rule]>,
+        number: impl Fn(u32) -> Result<Option<String>, Error>,
+    ) -> Result<(), Error> {
+        let before = self.before(resources, &number)?;
+        let changed = self
+            .limit(resources)
+            .and_then(|()| self.limit_disks(resources, number))
+            .and_then(|()| devices.map_or(Ok(()), |rules| self.allow_devices(rules)));
         if changed.is_err() {
-            for (value, file) in before.into_iter().rev() {
+            for (path, value) in before.into_iter().rev() {
                 // The error to tell is the first one.
-                drop(fs::write(self.path.join(file), value));
+                drop(fs::write(path, value));
             }
         }
         changed
+    }
+
+    /// What to write, from the last to the first, and to which files, to take back what setting these limits changes.
+    fn before(
+        &self,
+        resources: &LinuxResources,
+        number: impl Fn(u32) -> Result<Option<String>, Error>,
+    ) -> Result<Vec<(PathBuf, String)>, Error> {
+        let mut before = Vec::new();
+        for setting in limits::settings(resources, || self.quota())? {
+            for disk in setting.weighed() {
+                if let Some(number) = number(disk)? {
+                    let scheduler = disk::scheduler(&number);
+                    before.extend(scheduler.context(|| format!("the scheduler of {number}"))?);
+                }
+            }
+            // What is not there, or cannot be read, has nothing to go back to.
+            let Ok(content) = self.read(&setting.file) else {
+                continue;
+            };
+            let value = match setting.disk() {
+                Some((disk, _)) => number(disk)?
+                    .and_then(|number| limits::in_force(&setting.file, &content, &number)),
+                None if setting.is_weight() => {
+                    limits::in_force(&setting.file, &content, limits::DEFAULT)
+                }
+                None => Some(content),
+            };
+            before.extend(value.map(|value| (self.path.join(&setting.file), value)));
+        }
+        Ok(before)
     }
 
     /// The quota of processor time that is in force, as the kernel writes it.
@@ -125,15 +160,9 @@ impl Cgroup {
     ) -> Result<(), Error> {
         let settings = limits::settings(resources, || self.quota())?.into_iter();
         for setting in settings.filter(limits::Setting::is_of_disks) {
-            if setting.is_weight() {
-                let disks = match setting.disk() {
-                    Some((disk, _)) => vec![disk],
-                    None => vec![SCRATCH_DISK, ROOT_DISK],
-                };
-                for disk in disks {
-                    if let Some(number) = number(disk)? {
-                        disk::share_by_weights(&number)?;
-                    }
+            for disk in setting.weighed() {
+                if let Some(number) = number(disk)? {
+                    disk::share_by_weights(&number)?;
                 }
             }
             let value = match setting.disk() {
