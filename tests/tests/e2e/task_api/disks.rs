@@ -239,7 +239,7 @@ fn disks_are_shared_by_weights() {
 }
 
 /// A limit of the device that a directory lies on.
-fn limit(directory: &Path, name: &str, value: u64) -> Value {
+pub fn limit(directory: &Path, name: &str, value: u64) -> Value {
     let device = fs::metadata(directory).unwrap().dev();
     json!({"major": rustix::fs::major(device), "minor": rustix::fs::minor(device), name: value})
 }

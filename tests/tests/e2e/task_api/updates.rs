@@ -2,9 +2,13 @@
 
 use std::fs::File;
 
+use bulkhead_tests::ctr::{Runtime, World};
 use bulkhead_tests::peer::{Paths, code};
+use bulkhead_tests::process;
+use rustix::thread::{CpuSet, sched_getaffinity};
 use serde_json::{Value, json};
 
+use super::disks::limit;
 use super::{Notes, Pod, SIGKILL, SIGUSR1, compare, line};
 
 #[test]
@@ -15,6 +19,60 @@ fn limits_change_as_under_runc() {
         ("updates_of_the_paused", updates_of_the_paused),
         ("updates_before_the_start", updates_before_the_start),
     ]);
+}
+
+/// Nothing of an update with something wrong that runc does not look at.
+#[test]
+fn a_refused_update_changes_nothing() {
+    let world = World::new().unwrap();
+    let pod = Pod::start(&world, Runtime::Bulkhead);
+    pod.run("c", &["sleep", "1000"]);
+    let machines = process::named("bulkhead-vmm").unwrap();
+    assert_eq!(machines.len(), 1);
+    let processors = || sched_getaffinity(Some(machines[0])).unwrap();
+    let script = "cat /sys/block/vd*/queue/scheduler; cd /sys/fs/cgroup; cat memory.max cpu.max pids.max io.max io.bfq.weight";
+    let state = || (pod.say("c", script), processors());
+    let directory = &world.site().directory;
+    let before = json!({
+        "memory": {"limit": 96 << 20},
+        "cpu": {"quota": 40_000, "period": 80_000},
+        "pids": {"limit": 77},
+        "blockIO": {"throttleWriteBpsDevice": [limit(directory, "rate", 1 << 20)]},
+    });
+    pod.shim.update("c", &before).unwrap();
+    let before = state();
+    let one = (0..CpuSet::MAX_CPU).find(|&cpu| before.1.is_set(cpu));
+    let one = one.unwrap().to_string();
+    let throttle = json!({"throttleReadBpsDevice": [limit(directory, "rate", 1 << 20)]});
+    for (resources, words) in [
+        (
+            json!({"memory": {"limit": 64 << 20}, "devices": [{"allow": true, "access": "x"}]}),
+            "access",
+        ),
+        (
+            json!({"cpu": {"cpus": one}, "memory": {"kernel": 1}}),
+            "memory.kernel",
+        ),
+        (json!({"blockIO": throttle, "cpu": {"quota": 1}}), "cpu.max"),
+        // By the time that the last of it fails all else is set, and the disks have a scheduler for the weight.
+        (
+            json!({
+                "memory": {"limit": 64 << 20},
+                "cpu": {"cpus": one},
+                "blockIO": {"weight": 500, "throttleReadBpsDevice": throttle["throttleReadBpsDevice"]},
+                "unified": {"io.max": "many"},
+            }),
+            "io.max",
+        ),
+    ] {
+        let answer = pod.shim.update("c", &resources);
+        let refused = answer.unwrap_err().to_string();
+        assert!(refused.contains(words), "{resources}: {refused}");
+        assert_eq!(state(), before, "{resources}");
+    }
+    pod.remove("c");
+    pod.end();
+    world.finish().unwrap();
 }
 
 /// A container that says what its limits are whenever it is asked.
