@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -42,6 +43,8 @@ pub struct Container {
     pub execs: HashMap<String, Process>,
     /// The exec identifiers of processes that the guest was asked to add, and has not answered.
     pub adding: HashSet<String>,
+    /// Whether all output of its processes, which have ended, is delivered or given up.
+    pub drained: bool,
     /// When containerd was last told that it wants memory.
     pub last_oom: Option<Instant>,
 }
@@ -177,6 +180,10 @@ impl Container {
                 container_id: self.id.clone(),
                 ..Default::default()
             });
+            // CRI-O does not listen to events, but looks for this file.
+            if let Err(error) = std::fs::write(Path::new(&self.bundle).join("oom"), "") {
+                log::warn!("{}: cannot be marked as out of memory: {error}", self.id);
+            }
         }
     }
 
@@ -236,6 +243,7 @@ mod tests {
             init: process(),
             execs: HashMap::new(),
             adding: HashSet::new(),
+            drained: false,
             last_oom: None,
         };
         for id in [""].iter().chain(execs) {

@@ -290,14 +290,25 @@ impl Tasks {
         }
     }
 
-    /// Ends the machine when nothing runs in it or is about to. A pod's sandbox runs until it is killed.
+    /// Notes that a container which has ended has no more output, and that the machine may go if it was the last.
+    fn drained(self: &Arc<Self>, id: &str) {
+        let noted = self.with(id, |container| {
+            // It may be another that has the name now.
+            container.drained |= container.init.phase == Phase::Stopped;
+            Ok(())
+        });
+        log::debug!("the output of {id:?} is delivered: {}", noted.is_ok());
+        self.end_if_idle();
+    }
+
+    /// Ends the machine when nothing runs in it or is about to, and nothing in it is still to be delivered. A pod's sandbox runs until it is killed.
     fn end_if_idle(self: &Arc<Self>) {
         if !self.sandbox.exists() {
             return;
         }
         let idle = self.table().entries.values().all(|entry| match entry {
             Entry::Creating => false,
-            Entry::Ready(container) => container.init.phase == Phase::Stopped,
+            Entry::Ready(container) => container.init.phase == Phase::Stopped && container.drained,
         });
         if idle {
             self.end_machine();

@@ -123,6 +123,7 @@ impl Tasks {
             init,
             execs: HashMap::new(),
             adding: HashSet::new(),
+            drained: false,
             last_oom: None,
         };
         let id = request.id.clone();

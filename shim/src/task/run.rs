@@ -129,7 +129,7 @@ impl Tasks {
             });
             if let Ok(Some(drained)) = drained {
                 drained.await;
-                tasks.end_if_idle();
+                tasks.drained(&request.id);
             }
         });
     }
@@ -343,7 +343,9 @@ impl Tasks {
                     "output of {id:?} {exec_id:?} is lost: for {DRAIN_PATIENCE:?} nobody read it"
                 );
             }
-            self.end_if_idle();
+            if exec_id.is_empty() {
+                self.drained(id);
+            }
         }
         if kind != Kind::Sandbox
             && let Err(error) = self.delete_in_guest(request).await
