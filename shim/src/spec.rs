@@ -227,10 +227,22 @@ fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind") || options(mount).iter().any(is_bind)
 }
 
-/// Whether it binds a file of the host. The pod's shared memory is the guest's.
+/// Whether it binds a file of the host.
 fn is_of_host(mount: &Mount) -> bool {
-    is_bind(mount) && mount.destination() != Path::new("/dev/shm")
+    is_bind(mount) && shared_memory(mount).is_none()
 }
+
+/// The size in bytes of the host's tmpfs that is bound where programs expect memory to share. A guest has its own, as large.
+fn shared_memory(mount: &Mount) -> Option<u64> {
+    let source = mount.source().as_deref();
+    let source = source.filter(|_| mount.destination() == Path::new("/dev/shm"))?;
+    let found = rustix::fs::statfs(source).ok()?;
+    let size = found.f_blocks.checked_mul(found.f_bsize.try_into().ok()?)?;
+    (found.f_type == TMPFS_MAGIC).then_some(size)
+}
+
+/// From `linux/magic.h`.
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 
 fn is_read_only(mount: &Mount) -> bool {
     let said = options(mount).iter().rev();
@@ -252,15 +264,16 @@ fn guest_mount<'a>(
     if !is_bind(&mount) {
         return Ok(Cow::Borrowed(text));
     }
-    if is_of_host(&mount) {
-        mount.set_source(places.next());
-    } else {
-        // The host's is a tmpfs that the pod's containers share, of the size that it has by default.
-        let options = ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"];
+    if let Some(size) = shared_memory(&mount) {
+        let size = format!("size={size}");
+        let access = if is_read_only(&mount) { "ro" } else { "rw" };
+        let options = ["nosuid", "noexec", "nodev", "mode=1777", &size, access];
         mount
             .set_typ(Some("tmpfs".into()))
             .set_source(Some("shm".into()))
             .set_options(Some(options.map(String::from).into()));
+    } else {
+        mount.set_source(places.next());
     }
     to_text("mounts", &mount)
 }
@@ -313,7 +326,7 @@ mod tests {
             "process": {"args": ["sh"], "apparmorProfile": "cri-containerd.apparmor.d", "selinuxLabel": "x", "newField": {"x": [1]}},
             "mounts": [
                 {"destination": "/proc", "type": "proc", "source": "proc"},
-                {"destination": "/dev/shm", "type": "bind", "source": "/run/shm", "options": ["rbind"]},
+                {"destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "options": ["rbind", "ro"]},
             ],
             "linux": {
                 "mountLabel": "y",
@@ -367,7 +380,12 @@ mod tests {
             json!({"args": ["sh"], "newField": {"x": [1]}})
         );
         assert_eq!(guest["mounts"][0]["type"], "proc");
-        assert_eq!(guest["mounts"][1]["type"], "tmpfs");
+        let shared = &guest["mounts"][1];
+        assert_eq!(shared["type"], "tmpfs");
+        let size = rustix::fs::statfs("/dev/shm").unwrap();
+        let size = format!("size={}", size.f_blocks * size.f_bsize as u64);
+        let options = shared["options"].as_array().unwrap();
+        assert!(options.contains(&json!(size)) && options.contains(&json!("ro")));
         assert_eq!(guest["annotations"], config["annotations"]);
     }
 
@@ -437,6 +455,13 @@ mod tests {
         let guest = guest(&mount).unwrap();
         assert_eq!(guest["mounts"][0]["source"], "/there");
         assert_eq!(guest["mounts"][0]["options"], mount["mounts"][0]["options"]);
+    }
+
+    #[test]
+    fn only_a_tmpfs_becomes_memory_to_share() {
+        let mut config = config();
+        config["mounts"][1]["source"] = json!("/etc");
+        assert_eq!(guest(&config).unwrap()["mounts"][1]["source"], "/there");
     }
 
     #[test]
