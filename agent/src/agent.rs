@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use oci_spec::runtime::LinuxResources;
@@ -17,7 +18,7 @@ use crate::error::{Context, Error};
 use crate::oci::root::Root;
 use crate::oom::Kills;
 use crate::plan::{Creation, Plan};
-use crate::process::{Exit, Process, Status};
+use crate::process::{self, Exit, Process, Status};
 use crate::programs::Programs;
 use crate::protocol::{ROOT_DISK, SCRATCH_DISK};
 use crate::scratch;
@@ -111,6 +112,7 @@ impl Agent {
         {
             let mut containers = self.containers();
             if containers.contains_key(&id) {
+                self.refuse_streams(&creation.streams);
                 return Err(Error::AlreadyExists(format!(
                     "container {id:?} exists already"
                 )));
@@ -128,9 +130,10 @@ impl Agent {
 
     async fn make(&self, creation: Creation) -> Result<Arc<Container>, Error> {
         let group = Cgroup::path_of(&self.paths.cgroup, &creation.id);
-        let plan = Plan::new(&creation, &self.paths, group.clone())?;
+        let planned = Plan::new(&creation, &self.paths, group.clone())
+            .and_then(|plan| Ok((plan, Cgroup::create(group)?)));
+        let (plan, cgroup) = planned.inspect_err(|_| self.refuse_streams(&creation.streams))?;
         let process = Process::new("", plan.program.clone(), creation.streams);
-        let cgroup = Cgroup::create(group)?;
         let made = async {
             cgroup.limit(&plan.resources)?;
             let channel = self.make_init(&plan, &process, &cgroup).await?;
@@ -274,10 +277,15 @@ impl Agent {
 
     /// Ends the wait for streams that never came.
     pub fn forget_streams(&self, process: &Process) {
-        let streams = &process.streams;
-        let names = [streams.input, streams.output, streams.error];
-        for name in names.into_iter().flatten() {
+        for name in process.streams.names() {
             self.streams.forget(name);
+        }
+    }
+
+    /// Closes the streams of what was not made.
+    fn refuse_streams(&self, streams: &process::Streams) {
+        for name in streams.names() {
+            self.streams.refuse(name);
         }
     }
 
@@ -314,9 +322,23 @@ async fn watch_memory(container: Arc<Container>, kills: Arc<Kills>) {
     };
     let watch = async {
         let mut programs = Programs::default();
-        while events.changed().await.is_ok() {
+        loop {
+            if events.changed().await.is_err() {
+                return;
+            }
             container.check_memory(&kills);
-            if let Err(error) = programs.keep(&container.cgroup).await {
+            let mut kept = pin!(programs.keep(&container.cgroup));
+            let kept = loop {
+                // Kills are told meanwhile.
+                tokio::select! {
+                    kept = &mut kept => break kept,
+                    changed = events.changed() => match changed {
+                        Ok(()) => container.check_memory(&kills),
+                        Err(_) => return,
+                    },
+                }
+            };
+            if let Err(error) = kept {
                 eprintln!("container {}: {error}", container.built.id);
             }
         }

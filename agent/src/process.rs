@@ -30,6 +30,13 @@ pub struct Streams {
     pub error: Option<u64>,
 }
 
+impl Streams {
+    /// Their numbers.
+    pub fn names(&self) -> impl Iterator<Item = u64> {
+        [self.input, self.output, self.error].into_iter().flatten()
+    }
+}
+
 /// A process. Its state is locked for moments only.
 #[derive(Debug)]
 pub struct Process {

@@ -7,7 +7,7 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -49,10 +49,9 @@ impl Programs {
 async fn read(processes: &[u32]) -> Result<(), Error> {
     let what = || "reading the programs of a container".to_owned();
     let helper = sys::start_helper(|| {
-        let mut reader = Reader {
-            known: HashSet::new(),
-            room: room(),
-        };
+        // Before anything of a container's.
+        drop(fs::write("/proc/self/oom_score_adj", "1000"));
+        let mut reader = Reader::new(room());
         for &pid in processes {
             // A process that has ended meanwhile does not need its program.
             drop(reader.read(pid));
@@ -88,12 +87,29 @@ fn room() -> u64 {
 /// Reads programs of processes.
 struct Reader {
     known: HashSet<File>,
+    /// How many bytes of programs may still be read.
     room: u64,
+    /// How many bytes of the processes' lists of mappings may still be read: they can be as long as the processes like.
+    text: u64,
 }
 
+/// As much of a list of mappings as is looked at; 100 libraries have a tenth.
+const MAX_MAPS: u64 = 1 << 20;
+
 impl Reader {
+    fn new(room: u64) -> Self {
+        Self {
+            known: HashSet::new(),
+            room,
+            text: 16 * MAX_MAPS,
+        }
+    }
+
     fn read(&mut self, pid: u32) -> io::Result<()> {
-        let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+        let mut maps = Vec::new();
+        let file = fs::File::open(format!("/proc/{pid}/maps"))?;
+        self.text -= file.take(MAX_MAPS.min(self.text)).read_to_end(&mut maps)? as u64;
+        let maps = String::from_utf8_lossy(&maps);
         let maps: Vec<_> = maps.lines().filter_map(Mapping::parse).collect();
         let programs = maps.iter().filter(|mapping| mapping.executable);
         let programs: HashSet<_> = programs.map(|mapping| mapping.file).collect();
@@ -172,11 +188,8 @@ mod tests {
 
     #[test]
     fn a_program_is_read_once() {
-        let mut reader = Reader {
-            known: HashSet::new(),
-            room: room(),
-        };
-        let room = reader.room;
+        let room = room();
+        let mut reader = Reader::new(room);
         reader.read(std::process::id()).unwrap();
         let left = reader.room;
         assert!(left < room, "{left} of {room}");

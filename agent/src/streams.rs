@@ -83,6 +83,15 @@ impl Streams {
         table.arrived.remove(&number);
     }
 
+    /// Closes a stream that nobody will take, now or when it comes.
+    pub fn refuse(&self, number: u64) {
+        let mut table = self.table();
+        if table.arrived.remove(&number).is_none() {
+            let (nobody, _) = oneshot::channel();
+            table.wanted.insert(number, nobody);
+        }
+    }
+
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }

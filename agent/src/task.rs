@@ -87,10 +87,25 @@ impl TaskService {
         )?;
         let spec = oci::parse_process(value("spec", &request.spec, PROCESS_TYPE_URL)?)?;
         let mut program = Program::new(&spec, request.terminal, container.seccomp.clone())?;
+        // What it is not given it has as the init has it.
+        let init = &container.init.program;
         if spec.capabilities().is_none() {
-            program.capabilities = container.init.program.capabilities;
+            program.capabilities = init.capabilities;
         }
+        if program.limits.is_empty() {
+            program.limits.clone_from(&init.limits);
+        }
+        program.oom_score_adjustment = program.oom_score_adjustment.or(init.oom_score_adjustment);
+        program.scheduler = program.scheduler.or(init.scheduler);
+        program.io_priority = program.io_priority.or(init.io_priority);
         container.add(Process::new(&request.exec_id, program, streams))
+    }
+
+    /// Closes the streams, by their names, of what could not be made.
+    fn refuse(&self, names: &[String]) {
+        for number in names.iter().filter_map(|name| name.parse().ok()) {
+            self.agent.streams.refuse(number);
+        }
     }
 
     fn kill_processes(&self, request: &KillRequest) -> Result<(), Error> {
@@ -248,8 +263,9 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
-        let creation = Self::creation(request)?;
+        let names = [&request.stdin, &request.stdout, &request.stderr].map(String::clone);
         let agent = self.agent.clone();
+        let creation = Self::creation(request).inspect_err(|_| self.refuse(&names))?;
         let container = self
             .complete(async move { agent.create(creation).await })
             .await?;
@@ -291,7 +307,9 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        self.add_exec(&request)?;
+        let names = [&request.stdin, &request.stdout, &request.stderr].map(String::clone);
+        self.add_exec(&request)
+            .inspect_err(|_| self.refuse(&names))?;
         Ok(Empty::new())
     }
 

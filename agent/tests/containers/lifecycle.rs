@@ -103,15 +103,20 @@ pub async fn an_exec_runs_beside_the_init_and_ends_before_it(guest: &Guest) {
     let mut exec = guest.streams(false);
     let echo = process(&["sh", "-c", "echo $$ $(hostname); exit 3"]);
     // Only a running container has execs.
-    let early = guest.exec("beside", "e", &echo, &exec, false).await;
+    let mut refused = guest.streams(false);
+    let early = guest.exec("beside", "e", &echo, &refused, false).await;
     assert_eq!(status(early).0, Code::FAILED_PRECONDITION);
+    // Nothing keeps them open.
+    assert_eq!(all(refused.output.take()), "");
     guest.start("beside", "").await.unwrap();
     guest
         .exec("beside", "e", &echo, &exec, false)
         .await
         .unwrap();
-    let twice = guest.exec("beside", "e", &echo, &exec, false).await;
+    let mut refused = guest.streams(false);
+    let twice = guest.exec("beside", "e", &echo, &refused, false).await;
     assert_eq!(status(twice).0, Code::ALREADY_EXISTS);
+    assert_eq!(all(refused.output.take()), "");
     let unstarted = guest.kill("beside", "e", libc::SIGTERM, false).await;
     assert_eq!(status(unstarted).0, Code::FAILED_PRECONDITION);
     guest.start("beside", "e").await.unwrap();
