@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rustix::fs::{Mode, OFlags};
+use rustix::process::Pid;
 
 use crate::agent::{Agent, Owner};
 use crate::cgroup::Cgroup;
@@ -135,6 +136,8 @@ impl Agent {
             match channel.report().await? {
                 Report::NeedsMappings => {
                     mappings.write(process.pid())?;
+                    let pid = i32::try_from(process.pid()).ok().and_then(Pid::from_raw);
+                    process.program.raise_limits(pid)?;
                     channel.go_on()?;
                 }
                 Report::Descriptor(terminal) => {

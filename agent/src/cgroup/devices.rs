@@ -70,8 +70,8 @@ impl TryFrom<&LinuxDeviceCgroup> for Rule {
     }
 }
 
-/// The rules of a container: those that it asks for, and then what every container may do: make nodes, and use the default devices
-/// and terminals.
+/// The rules of a container: those that it asks for, and then what every container may do: make nodes, and use the default devices,
+/// terminals and tunnels.
 pub fn rules(asked: &[LinuxDeviceCgroup]) -> Result<Vec<Rule>, Error> {
     let mut rules: Vec<Rule> = asked.iter().map(Rule::try_from).collect::<Result<_, _>>()?;
     let allow = |kind, major, minor, access| Rule {
@@ -90,6 +90,8 @@ pub fn rules(asked: &[LinuxDeviceCgroup]) -> Result<Vec<Rule>, Error> {
     // /dev/pts/N, and /dev/ptmx.
     rules.push(allow(CHARACTER, Some(136), None, ANY_ACCESS));
     rules.push(allow(CHARACTER, Some(5), Some(2), ANY_ACCESS));
+    // /dev/net/tun, for who makes a node of it: it needs CAP_NET_ADMIN besides.
+    rules.push(allow(CHARACTER, Some(10), Some(200), ANY_ACCESS));
     Ok(rules)
 }
 

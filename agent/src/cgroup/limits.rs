@@ -116,10 +116,11 @@ pub fn settings(
                 "linux.resources.hugepageLimits: the page size {size:?} is not one like 2MB"
             )));
         }
-        settings.push(setting(
-            &format!("hugetlb.{size}.max"),
-            or_max(limit.limit()),
-        ));
+        // What is in use, and what was promised to a mapping.
+        for kind in ["", ".rsvd"] {
+            let file = format!("hugetlb.{size}{kind}.max");
+            settings.push(setting(&file, or_max(limit.limit())));
+        }
     }
     if let Some(network) = resources.network() {
         refuse(
@@ -399,7 +400,10 @@ mod tests {
         is(r#"{"pids":{"limit":0}}"#, &[]);
         is(
             r#"{"hugepageLimits":[{"pageSize":"2MB","limit":4194304}]}"#,
-            &[("hugetlb.2MB.max", "4194304")],
+            &[
+                ("hugetlb.2MB.max", "4194304"),
+                ("hugetlb.2MB.rsvd.max", "4194304"),
+            ],
         );
         is(
             r#"{"blockIO":{"throttleReadBpsDevice":[{"major":253,"minor":0,"rate":9}]}}"#,

@@ -179,8 +179,9 @@ fn build(
     let null = null_device()?;
 
     enter(&root, container)?;
+    let mut unfinished = Vec::new();
     for mount in mounts {
-        mount.mount()?;
+        unfinished.extend(mount.mount()?);
     }
     if container.own_devices() {
         devices::make(&devices)?;
@@ -199,6 +200,10 @@ fn build(
         &container.state,
         "creating",
     )?;
+    for mount in unfinished {
+        sys::mount_setattr(mount.as_fd(), mounts::READ_ONLY, false)
+            .context(|| "making a mount read-only".into())?;
+    }
     if container.read_only {
         sys::mount_setattr(root.as_fd(), mounts::READ_ONLY, false)
             .context(|| "making the root read-only".into())?;
@@ -238,6 +243,9 @@ fn join(
     sys::join_session_keyring(&keyring).context(|| "joining a session keyring".into())?;
     // The agent has arranged that this process was born in the container's PID namespace.
     let namespaces = container.namespaces.entered() & !sys::CLONE_NEWPID;
+    if container.namespaces.has(sys::CLONE_NEWUSER) {
+        program.raise_limits(None)?;
+    }
     sys::setns(target, namespaces).context(|| "entering the container's namespaces".into())?;
     if container.namespaces.has(sys::CLONE_NEWUSER) {
         become_root()?;

@@ -93,8 +93,10 @@ fn copy_of(source: &Path, mount: &Mount, container: &Container) -> io::Result<Op
 }
 
 impl Prepared<'_> {
-    /// Mounts it, now that the container's root is the process's root.
-    pub fn mount(self) -> Result<(), Error> {
+    /// Mounts it, now that the container's root is the process's root. Returns what is to be made read-only when everything is in place: a
+    /// tmpfs, and what is at `/dev`, are filled by later mounts.
+    pub fn mount(self) -> Result<Option<OwnedFd>, Error> {
+        let mut unfinished = None;
         let destination = self.mount.destination.as_path();
         let what = || format!("mounting {}", destination.display());
         let options = &self.mount.options;
@@ -121,10 +123,9 @@ impl Prepared<'_> {
                 make_target(destination, true).context(what)?;
                 let kept = options.copy_up.then(|| clone_tree(destination));
                 let kept = kept.transpose().context(what)?;
-                // It cannot be filled once it is read-only.
-                let late = match kept {
-                    Some(_) => options.flags & MountFlags::RDONLY,
-                    None => MountFlags::empty(),
+                let late = match kind == "tmpfs" || destination == Path::new("/dev") {
+                    true => options.flags & MountFlags::RDONLY,
+                    false => MountFlags::empty(),
                 };
                 new(kind, source, self.mount, mode, late)?;
                 if let Some(kept) = kept {
@@ -136,7 +137,8 @@ impl Prepared<'_> {
                     })?;
                 }
                 if !late.is_empty() {
-                    set_attributes(destination, READ_ONLY, false).context(what)?;
+                    let mounted = open_tree(CWD, destination, OpenTreeFlags::OPEN_TREE_CLOEXEC);
+                    unfinished = Some(mounted.context(what)?);
                 }
             }
             (Kind::Cgroup, None) => {
@@ -152,7 +154,7 @@ impl Prepared<'_> {
         for &propagation in &options.propagation {
             mount_change(destination, propagation).context(what)?;
         }
-        Ok(())
+        Ok(unfinished)
     }
 }
 

@@ -1,12 +1,12 @@
 //! The last steps of a process: its user, its privileges, its program.
 
 use std::convert::Infallible;
-use std::ffi::{CString, OsStr};
-use std::os::unix::ffi::OsStrExt;
+use std::ffi::CString;
 use std::path::Path;
 
 use oci_spec::runtime::Hook;
 use rustix::fs::{Gid, Mode, Uid};
+use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::channel::Child;
@@ -39,14 +39,20 @@ pub fn start(
     if program.no_new_privileges {
         rustix::thread::set_no_new_privs(true).context(|| "setting no_new_privs".into())?;
     }
+    // A program may begin where its user could not go by itself, or where nobody but its user can.
+    let entered = enter_directory(&program.directory);
     drop_bounding_set(program)?;
     rustix::thread::set_keep_capabilities(true).context(|| "keeping capabilities".into())?;
     become_user(program)?;
+    let what = || format!("changing to the directory {}", program.directory.display());
+    match entered {
+        Err(Errno::ACCESS | Errno::PERM) => enter_directory(&program.directory).context(what)?,
+        entered => entered.context(what)?,
+    }
     rustix::process::umask(Mode::from_raw_mode(program.umask & 0o777));
     // A filter may be installed without no_new_privs only by who has CAP_SYS_ADMIN, so that is kept, though not in effect.
     let needs_admin = program.seccomp.is_some() && !program.no_new_privileges;
     set_capabilities(program, needs_admin)?;
-    change_directory(&program.directory)?;
     let name = program.arguments.first();
     let name = name.ok_or_else(|| Error::InvalidArgument("process.args is empty".into()))?;
     let path = search::find(name, &environment)?;
@@ -167,21 +173,14 @@ fn raise_ambient(program: &Program) -> Result<(), Error> {
 }
 
 /// Changes to the working directory, and makes sure that it lies within the container's root.
-fn change_directory(directory: &Path) -> Result<(), Error> {
-    rustix::process::chdir(directory)
-        .context(|| format!("changing to the directory {}", directory.display()))?;
+fn enter_directory(directory: &Path) -> rustix::io::Result<()> {
+    rustix::process::chdir(directory)?;
     // A directory outside the root (through a leaked descriptor) has no path, or one in parentheses.
-    let now = rustix::process::getcwd(Vec::new()).context(|| "reading the directory".into())?;
-    if OsStr::from_bytes(now.to_bytes())
-        .as_bytes()
-        .starts_with(b"/")
-    {
+    let now = rustix::process::getcwd(Vec::new())?;
+    if now.to_bytes().starts_with(b"/") {
         Ok(())
     } else {
-        Err(Error::Failed(format!(
-            "the directory {} is outside the container's root",
-            directory.display()
-        )))
+        Err(Errno::XDEV)
     }
 }
 

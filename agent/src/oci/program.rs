@@ -7,12 +7,12 @@ use oci_spec::runtime::{
     IOPriorityClass, LinuxSchedulerFlag, LinuxSchedulerPolicy, PosixRlimitType, Process, Scheduler,
 };
 use rustix::fs::{Gid, Uid};
-use rustix::process::{Resource, Rlimit};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use rustix::termios::Winsize;
 
 use super::capability::Sets;
 use super::seccomp::Filter;
-use crate::error::Error;
+use crate::error::{Context, Error};
 use crate::sys::SchedulerAttributes;
 
 /// A program and the state that its process has when it starts.
@@ -117,6 +117,28 @@ impl Program {
                 _ => None,
             },
         })
+    }
+}
+
+impl Program {
+    /// Raises the hard limits of a process, or of the calling one, that are below the program's. A process in a user namespace of its own
+    /// can only lower them. Until the caller changes its own, all processes have those that it has.
+    pub fn raise_limits(&self, pid: Option<Pid>) -> Result<(), Error> {
+        for &(resource, wanted) in &self.limits {
+            let now = getrlimit(resource);
+            if now
+                .maximum
+                .is_some_and(|now| wanted.maximum.is_none_or(|wanted| wanted > now))
+            {
+                let raised = Rlimit {
+                    maximum: wanted.maximum,
+                    ..now
+                };
+                prlimit(pid, resource, raised)
+                    .context(|| format!("setting the limit {resource:?} to {wanted:?}"))?;
+            }
+        }
+        Ok(())
     }
 }
 

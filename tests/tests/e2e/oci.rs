@@ -75,13 +75,26 @@ fn a_process_has_its_user_and_its_limits() {
 }
 
 #[test]
+fn a_program_begins_where_its_user_could_not_go() {
+    let world = World::new().unwrap();
+    let text = both(&world, "id -u; readlink /proc/self/cwd; ls", |bundle| {
+        bundle.add("/mounts", json!({"destination": "/closed", "type": "tmpfs", "source": "tmpfs", "options": ["mode=0700"]}));
+        set(bundle, "/process/cwd", json!("/closed"));
+        set(bundle, "/process/user", json!({"uid": 1000, "gid": 1000}));
+        set(bundle, "/process/capabilities", json!({}));
+    });
+    assert!(text.starts_with("1000\n/closed\n"), "{text}");
+    world.finish().unwrap();
+}
+
+#[test]
 fn mounts_have_their_options() {
     let world = World::new().unwrap();
     // Numbers of devices and peers differ, and what kernels add of their own.
     let script = "while read -r a b c d place options rest; do rest=${rest##*- }; test ${rest%% *} = tmpfs || rest=${rest%% *}
         case $place in /t*|/proc|/dev*|/sys*) echo $place $options $rest;; esac; done </proc/self/mountinfo | grep -v '^/sys/firmware' | sed -E 's/,(inode64|mode=[0-7]*)//g; s/ tmpfs r[ow]/ tmpfs/'
-        stat -c '%n %a %u:%g' / /t* /tmp /dev /dev/pts /dev/shm; cat /tkept/file; echo >/tkept/x || echo no
-        for path in /x /t1/x /sys/x /proc/sys/kernel/domainname; do echo 2>/dev/null >$path && echo $path; done; echo '#!/bin/sh' >/t1/p; chmod 755 /t1/p; /t1/p; echo $?";
+        stat -c '%n %a %u:%g' / /t* /t2/below /tmp /dev /dev/pts /dev/shm; cat /tkept/file; echo >/tkept/x || echo no
+        for path in /x /t1/x /t2/x /t2/below/x /sys/x /proc/sys/kernel/domainname; do echo 2>/dev/null >$path && echo $path; done; echo '#!/bin/sh' >/t1/p; chmod 755 /t1/p; /t1/p; echo $?";
     both(&world, script, |bundle| {
         let root = bundle.root();
         std::fs::create_dir(root.join("tkept")).unwrap();
@@ -99,7 +112,9 @@ fn mounts_have_their_options() {
                     "size=64k"
                 ]),
             ),
+            // Read-only when everything is in place, what is below it included.
             ("/t2", json!(["ro", "noatime"])),
+            ("/t2/below", json!(["mode=755"])),
             ("/t3/deep/er", json!(["rw", "strictatime", "nr_inodes=100"])),
             ("/tmp", json!(["relatime"])),
             ("/tkept", json!(["tmpcopyup", "mode=711"])),
@@ -136,7 +151,8 @@ fn devices_are_those_asked_for() {
     let world = World::new().unwrap();
     let script = "cd /dev; for file in *; do test $file = core || stat -c '%n %F %a %u:%g %t:%T %N' $file; done; stat -c '%n %F %a %u:%g %t:%T' deep/er/zero fifo
         head -c 4 zero | wc -c; head -c 1 deep/er/zero | wc -c; echo >null && echo null; head -c 1 full | wc -c; echo >full || echo full
-        mknod /tmp/kmsg c 1 11 && head -c 0 /tmp/kmsg || echo kmsg; mknod /tmp/loop b 7 0 && head -c 0 /tmp/loop || echo loop; mknod /tmp/port c 1 4 || echo port";
+        mknod /tmp/kmsg c 1 11 && head -c 0 /tmp/kmsg || echo kmsg; mknod /tmp/loop b 7 0 && head -c 0 /tmp/loop || echo loop; mknod /tmp/port c 1 4 || echo port
+        mknod /tmp/tun c 10 200; cat /tmp/tun 2>&1 | grep -o 'bad state'";
     both(&world, script, |bundle| {
         set(
             bundle,
@@ -314,7 +330,7 @@ fn hooks_run_in_the_container() {
 fn a_user_namespace_has_its_users() {
     let world = World::new().unwrap();
     let script = "id -u; cat /proc/self/uid_map /proc/self/gid_map; touch /tmp/x; stat -c '%n %u:%g' / /tmp/x /etc/passwd /dev/null /sys /proc
-        echo >/dev/null && head -c 3 /dev/zero | wc -c; hostname; cat /proc/self/cgroup; httpd -p 80 && echo bound; ls /dev/mqueue /sys/class/net; su user -c 'id -u'";
+        echo >/dev/null && head -c 3 /dev/zero | wc -c; hostname; cat /proc/self/cgroup; httpd -p 80 && echo bound; ls /dev/mqueue /sys/class/net; su user -c 'id -u'; ulimit -l; ulimit -Hl";
     both(&world, script, |bundle| {
         let all = std::process::Command::new("chown")
             .args(["-R", "-h", "100000:200000"])
@@ -330,6 +346,11 @@ fn a_user_namespace_has_its_users() {
         let mapping = |outside| json!([{"containerID": 0, "hostID": outside, "size": 65536}]);
         set(bundle, "/linux/uidMappings", mapping(100_000));
         set(bundle, "/linux/gidMappings", mapping(200_000));
+        // More than the user namespace's root may give itself.
+        bundle.add(
+            "/process/rlimits",
+            json!({"type": "RLIMIT_MEMLOCK", "soft": u64::MAX, "hard": u64::MAX}),
+        );
     });
     world.finish().unwrap();
 }
