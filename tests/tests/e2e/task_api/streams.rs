@@ -7,12 +7,12 @@ use std::path::Path;
 
 use bulkhead_tests::ctr::{Runtime, World};
 use bulkhead_tests::images::noise;
-use bulkhead_tests::peer::{Kind, PATIENCE, Paths, Stream, code};
+use bulkhead_tests::peer::{Kind, PATIENCE, Paths, Peer, Stream, code};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
 use serde_json::Value;
 
-use super::{Notes, Pod, compare};
+use super::{Notes, Pod, compare, wait_for_end};
 
 #[test]
 fn streams_are_those_of_runc() {
@@ -31,6 +31,46 @@ fn streams_are_those_of_runc() {
         ("much_output", much_output),
         ("stuck_reader", stuck_reader),
     ]);
+}
+
+/// Nobody is there but a container and an exec in it, which ends with it, and is deleted before anybody reads what the container has said.
+#[test]
+fn the_last_output_waits_for_its_reader() {
+    let world = World::new().unwrap();
+    // As much as can be on its way: on Bulkhead's, which is longer, a part of it must still be in the guest.
+    for (runtime, length) in [(Runtime::Runc, 120_000), (Runtime::Bulkhead, 400_000)] {
+        let script = format!(
+            "mkfifo /tmp/go 2>/dev/null; read go </tmp/go; exec head -c {length} /dev/zero"
+        );
+        let peer = Peer::new(world.site(), runtime).unwrap();
+        let program = ["sh", "-c", &script];
+        let bundle = peer.bundle("last", Kind::Single, &program, |_| {}).unwrap();
+        let shim = peer.start(&bundle).unwrap();
+        let (stdout, reader) = peer.unread("last").unwrap();
+        let paths = Paths {
+            stderr: stdout.clone(),
+            stdout,
+            ..Paths::default()
+        };
+        shim.create(&bundle, &paths).unwrap();
+        let server = shim.server("last").unwrap().shim_pid;
+        shim.start("last", "").unwrap();
+        let script = "mkfifo /tmp/go 2>/dev/null; echo >/tmp/go; exec sleep 1000";
+        let nothing = Paths::default();
+        let program = ["sh", "-c", script];
+        shim.exec("last", "x", &program, &nothing).unwrap();
+        shim.start("last", "x").unwrap();
+        assert_eq!(shim.wait("last", "x").unwrap().exit_status, 137);
+        assert_eq!(shim.wait("last", "").unwrap().exit_status, 0);
+        assert_eq!(shim.delete("last", "x").unwrap().exit_status, 137);
+        let output = Stream::read(reader);
+        shim.delete("last", "").unwrap();
+        assert_eq!(output.bytes().unwrap().len(), length, "{runtime:?}");
+        // It may end before it has answered.
+        let _ = shim.shutdown("last");
+        wait_for_end(server);
+    }
+    world.finish().unwrap();
 }
 
 /// What is written again and again: its length is no multiple of anything on the way, so what is lost, or comes twice, shows.
