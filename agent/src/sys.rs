@@ -96,12 +96,29 @@ pub fn start_helper(work: impl FnOnce()) -> io::Result<OwnedFd> {
     match fork_into(0, None)? {
         Fork::Parent(_, descriptor) => Ok(descriptor),
         Fork::Child => {
-            // SAFETY: the only thread of this process owns all of them, and its last use of any is behind it: after `work`, which is
-            // given none, it ends without dropping anything.
-            unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+            close_copies(None);
             work();
             exit(0)
         }
+    }
+}
+
+/// Closes, in a copy of a process, every descriptor from 3 on but one. For a copy that uses and drops none of the others any more: as
+/// long as it has them, whoever is at their other ends waits.
+pub fn close_copies(kept: Option<BorrowedFd<'_>>) {
+    let close = |first: RawFd, last: RawFd| {
+        if first <= last {
+            // SAFETY: no memory is involved. What owns these descriptors is a copy, too, in a process without another thread, which
+            // uses and drops none of it: it executes a program or ends. The call can fail for a wrong range only.
+            unsafe { libc::close_range(first as libc::c_uint, last as libc::c_uint, 0) };
+        }
+    };
+    match kept.map(|kept| kept.as_raw_fd()) {
+        Some(kept) if kept >= 3 => {
+            close(3, kept - 1);
+            close(kept + 1, RawFd::MAX);
+        }
+        Some(_) | None => close(3, RawFd::MAX),
     }
 }
 

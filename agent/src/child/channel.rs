@@ -59,6 +59,12 @@ pub fn pair() -> Result<(Parent, Child), Error> {
     Ok((Parent(parent), Child(child)))
 }
 
+impl AsFd for Child {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl Child {
     /// Asks the agent to write the mappings of the user namespace, and waits until it has.
     pub fn ask_for_mappings(&self) -> Result<(), Error> {

@@ -1,7 +1,9 @@
 //! The last steps of a process: its user, its privileges, its program.
 
 use std::convert::Infallible;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
 
 use oci_spec::runtime::Hook;
@@ -57,31 +59,44 @@ pub fn start(
     let name = name.ok_or_else(|| Error::InvalidArgument("process.args is empty".into()))?;
     let path = search::find(name, &environment)?;
     search::check_format(&path)?;
-    if let Some(channel) = channel {
-        channel.ready()?;
-    }
-    hooks::run("startContainer", hooks, state, "created")?;
-    if let Some(filter) = &program.seccomp {
-        if needs_admin {
-            raise(CapabilitySet::SYS_ADMIN)?;
+    let become_it = || {
+        if let Some(channel) = channel {
+            channel.ready()?;
         }
-        sys::load_seccomp(&filter.program, filter.flags)
-            .context(|| "installing the seccomp filter".into())?;
-        if needs_admin {
-            set_capabilities(program, false)?;
+        hooks::run("startContainer", hooks, state, "created")?;
+        if let Some(filter) = &program.seccomp {
+            if needs_admin {
+                raise(CapabilitySet::SYS_ADMIN)?;
+            }
+            sys::load_seccomp(&filter.program, filter.flags)
+                .context(|| "installing the seccomp filter".into())?;
+            if needs_admin {
+                set_capabilities(program, false)?;
+            }
         }
+        raise_ambient(program)?;
+        Err(cannot_run(
+            &path,
+            &sys::execve(&path, &program.arguments, &environment),
+        ))
+    };
+    match channel {
+        // It may wait for long, and has copies of all that the agent had open when it was made.
+        Some(channel) => {
+            sys::close_copies(Some(channel.as_fd()));
+            super::end(become_it(), channel)
+        }
+        None => become_it(),
     }
-    raise_ambient(program)?;
-    let error = sys::execve(&path, &program.arguments, &environment);
+}
+
+fn cannot_run(path: &CStr, error: &io::Error) -> Error {
     let cause = match error.raw_os_error() {
         Some(libc::ENOEXEC) => "exec format error".to_owned(),
         Some(libc::ENOENT) => "no such file or directory".to_owned(),
         _ => error.to_string(),
     };
-    Err(Error::Failed(format!(
-        "exec {}: {cause}",
-        path.to_string_lossy()
-    )))
+    Error::Failed(format!("exec {}: {cause}", path.to_string_lossy()))
 }
 
 /// The environment, with HOME from the container's own user list if it is not given.

@@ -81,6 +81,7 @@ tests! {
         a_shared_process_namespace_leaves_nothing_behind;
     streams:
         a_hundred_mebibytes_pass_through_intact
+        an_input_ends_while_another_container_waits_for_its_start
         all_output_arrives_before_the_stream_ends
         a_reader_that_stops_holds_only_its_own_writer
         streams_may_come_after_the_request

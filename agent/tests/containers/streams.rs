@@ -41,6 +41,26 @@ pub async fn a_hundred_mebibytes_pass_through_intact(guest: &Guest) {
     guest.delete("pass", "").await.unwrap();
 }
 
+pub async fn an_input_ends_while_another_container_waits_for_its_start(guest: &Guest) {
+    let root = [bind(&guest.root())];
+    let mut streams = guest.streams(false);
+    let cat = spec(&["cat"]);
+    guest
+        .create("reads", &cat, &root, &streams, false)
+        .await
+        .unwrap();
+    guest.start("reads", "").await.unwrap();
+    let others = guest.streams(false);
+    guest
+        .create("waits", &cat, &root, &others, false)
+        .await
+        .unwrap();
+    drop(streams.input.take());
+    assert_eq!(guest.wait("reads", "").await.unwrap(), 0);
+    guest.delete("reads", "").await.unwrap();
+    guest.delete("waits", "").await.unwrap();
+}
+
 pub async fn all_output_arrives_before_the_stream_ends(guest: &Guest) {
     // More than the pipe and the socket hold, read only after the exit of all that wrote it is under way.
     let outcome = guest
