@@ -123,20 +123,17 @@ impl Hooks {
         Ok(())
     }
 
-    /// Runs the hooks of a stage in which nothing can be prevented any more.
-    pub async fn run_all(&self, stage: Stage, pid: Option<u32>) {
-        for hook in self.of(stage) {
-            if let Err(error) = self.run_one(stage, hook, pid).await {
-                log::warn!("{error}");
-            }
-        }
-    }
-
-    /// Runs the hooks that come after the container's end, unless somebody else does or has.
+    /// Runs all hooks that come after the container's end, unless somebody else does or has. Nothing can be prevented any more:
+    /// a failure is only logged (runtime-spec, "Lifecycle").
     pub async fn run_last(&self) {
         let stage = Stage::Poststop;
-        if !self.of(stage).is_empty() && claim_poststop(Path::new(&self.subject.bundle)) {
-            self.run_all(stage, None).await;
+        if self.of(stage).is_empty() || !claim_poststop(Path::new(&self.subject.bundle)) {
+            return;
+        }
+        for hook in self.of(stage) {
+            if let Err(error) = self.run_one(stage, hook, None).await {
+                log::warn!("{error}");
+            }
         }
     }
 
@@ -293,7 +290,7 @@ mod tests {
         assert!(!dir.path().join("mark").exists());
         // Unless nothing can be prevented.
         let stopped = hooks(dir.path(), Stage::Poststop, &scripts, None);
-        stopped.run_all(Stage::Poststop, None).await;
+        stopped.run_last().await;
         assert!(dir.path().join("mark").exists());
     }
 

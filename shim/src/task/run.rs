@@ -101,12 +101,18 @@ impl Tasks {
         self.with(&id, |container| Ok(process(container, &exec_id)?.pid))
     }
 
-    /// Runs the hooks that come after the start of a container, and returns the number of the process that stands for it.
-    async fn poststart(&self, id: &str) -> Result<u32, Error> {
+    /// Runs the hooks that come after the start of a container, and returns the number of the process that stands for it. A
+    /// container with a hook that fails is stopped (runtime-spec, "Lifecycle").
+    async fn poststart(self: &Arc<Self>, id: &str) -> Result<u32, Error> {
         let (hooks, pid) = self.with(id, |container| {
             Ok((container.hooks.clone(), container.init.pid))
         })?;
-        hooks.run_all(Stage::Poststart, Some(pid)).await;
+        if let Err(failure) = hooks.run(Stage::Poststart, Some(pid)).await {
+            if let Err(error) = self.end(id).await {
+                log::error!("{id:?} does not end after its hook failed: {error}");
+            }
+            return Err(failure.into());
+        }
         Ok(pid)
     }
 
@@ -227,8 +233,8 @@ impl Tasks {
         Ok(())
     }
 
-    /// Ends and deletes a container that nobody will ask for.
-    pub(super) async fn discard(self: &Arc<Self>, id: &str) -> Result<(), Error> {
+    /// Kills a container and waits for its end.
+    async fn end(self: &Arc<Self>, id: &str) -> Result<(), Error> {
         let kill = KillRequest {
             id: id.to_owned(),
             signal: libc::SIGKILL as u32,
@@ -240,6 +246,12 @@ impl Tasks {
             Err(error) if error.code() != Code::NOT_FOUND => return Err(error),
             _ => ended.await,
         };
+        Ok(())
+    }
+
+    /// Ends and deletes a container that nobody will ask for.
+    pub(super) async fn discard(self: &Arc<Self>, id: &str) -> Result<(), Error> {
+        self.end(id).await?;
         let delete = DeleteRequest {
             id: id.to_owned(),
             ..Default::default()

@@ -314,7 +314,7 @@ async fn hooks_run_on_the_host() {
     let bundle = host.bundle("c1", &["exit", "0"], json!({}));
     let log = host.path("hooks");
     // What comes too late is only logged.
-    add_hooks(&bundle, &log, "poststart");
+    add_hooks(&bundle, &log, "poststop");
     let shim = host.shim(&bundle).await;
     let request = host.create_request(&bundle);
     shim.task.create(context(), &request).await.unwrap();
@@ -332,7 +332,24 @@ async fn hooks_run_on_the_host() {
     assert_eq!(lines().last().unwrap(), "poststop stopped");
     assert_eq!(lines().len(), 4);
 
-    // A container that a hook does not want is not made, and its end is told.
+    // A container that a hook does not want is stopped,
+    let (count, bundle) = (lines().len(), host.bundle("c2", &["wait"], json!({})));
+    add_hooks(&bundle, &log, "poststart");
+    let second = host.shim(&bundle).await;
+    let request = host.create_request(&bundle);
+    second.task.create(context(), &request).await.unwrap();
+    let error = second.start("c2", "").await.unwrap_err();
+    assert!(
+        text(&error).contains("hooks.poststart: /bin/sh: exit status: 3: broken"),
+        "{error}"
+    );
+    assert_eq!(second.wait("c2", "").await.unwrap().exit_status, 137);
+    second.delete("c2", "").await.unwrap();
+    assert_eq!(lines().last().unwrap(), "poststop stopped");
+    assert_eq!(lines().len(), count + 4);
+    second.shut_down().await;
+
+    // or is not made, and its end is told.
     for (fails, expected) in [("prestart", 2), ("createRuntime", 3)] {
         std::fs::remove_file(&log).unwrap();
         let id = fails.to_lowercase();
