@@ -373,27 +373,6 @@ fn settings_are_the_containers_own() {
 }
 
 #[test]
-fn the_roots_propagation_is_as_asked() {
-    let world = World::new().unwrap();
-    // Whether it has peers; whose slave it is depends on what is mounted around it.
-    let script = "while read -r a b c d place options rest; do test $place = / && case $rest in *shared:*) echo shared;; *unbindable*) echo unbindable;; *) echo private;; esac; done </proc/self/mountinfo; true";
-    for propagation in ["private", "rprivate", "slave", "rslave"] {
-        let text = both(&world, script, |bundle| {
-            set(bundle, "/linux/rootfsPropagation", json!(propagation));
-        });
-        assert_eq!(text, "private\n", "{propagation}");
-    }
-    // Where the root is no mount of its own before, runc makes it private all the same.
-    for (propagation, expected) in [("rshared", "shared\n"), ("unbindable", "unbindable\n")] {
-        let text = bulkhead(&world, script, |bundle| {
-            set(bundle, "/linux/rootfsPropagation", json!(propagation));
-        });
-        assert_eq!(text, expected, "{propagation}");
-    }
-    world.finish().unwrap();
-}
-
-#[test]
 fn what_runc_of_the_nodes_age_does_not_know_holds_too() {
     let world = World::new().unwrap();
     let script = "uname -m; cat /proc/sys/kernel/domainname; test $(readlink /proc/self/ns/time) = $(readlink /proc/1/ns/time) && echo same; mkdir /tmp/d; echo $?";

@@ -42,6 +42,12 @@ pub const DIFFERENCES: &[Difference] = &[
         reason: "a guest has no RDMA devices, and runc's shim gives an empty message where the host has none",
     },
     Difference {
+        behaviour: "statistics",
+        runc: "interfaces: []",
+        bulkhead: r#"interfaces: ["eth0"]"#,
+        reason: "runc's shim tells nothing of the network where control groups are of version 2",
+    },
+    Difference {
         behaviour: "updates",
         runc: "100663296 8388608 max max 39 30000 100000 30",
         bulkhead: "100663296 8388608 max max 39 30000 50000 30",
@@ -70,6 +76,42 @@ pub const DIFFERENCES: &[Difference] = &[
         runc: "start OK: ",
         bulkhead: "start OK: poststart hook word id:hooks status:running ",
         reason: "runtime-spec, as above",
+    },
+    Difference {
+        behaviour: "hooks_that_fail",
+        runc: "poststart: prestart, createRuntime, poststart, poststop, then NOT_FOUND, create: UNKNOWN",
+        bulkhead: "poststart: start INTERNAL, delete OK, create, start, exit - 137, delete 137, prestart, createRuntime, poststart, poststop, then NOT_FOUND, create: OK",
+        reason: "runtime-spec, as above",
+    },
+    Difference {
+        behaviour: "propagation_of_the_root",
+        runc: "shared: private",
+        bulkhead: "shared: shared",
+        reason: "it is what config.json asks for; runc binds the root from a mount that it has made private",
+    },
+    Difference {
+        behaviour: "propagation_of_the_root",
+        runc: "rshared: private",
+        bulkhead: "rshared: shared",
+        reason: "as above",
+    },
+    Difference {
+        behaviour: "propagation_of_the_root",
+        runc: "runbindable: UNKNOWN",
+        bulkhead: "runbindable: unbindable",
+        reason: "it is what config.json asks for; runc makes the root unbindable and binds it then",
+    },
+    Difference {
+        behaviour: "the_sandbox_itself",
+        runc: "exec OK, pause OK, resume OK, update OK",
+        bulkhead: "exec UNIMPLEMENTED, pause UNIMPLEMENTED, resume FAILED_PRECONDITION, update UNIMPLEMENTED",
+        reason: "a pod's sandbox is its machine: no process is in it that could be joined, held or limited",
+    },
+    Difference {
+        behaviour: "the_sandbox_itself",
+        runc: "create, start, exec-added x, paused, resumed, exit the-sandbox-itself 137, delete 137",
+        bulkhead: "create, start, exit the-sandbox-itself 137, delete 137",
+        reason: "as above",
     },
     Difference {
         behaviour: "terminal_of_an_exec",

@@ -3,7 +3,7 @@
 use bulkhead_tests::peer::{Kind, Paths, code};
 use serde_json::{Value, json};
 
-use super::{Notes, Pod, SIGKILL, compare};
+use super::{Notes, Pod, SIGKILL, SIGUSR1, compare, wait_for_end};
 
 #[test]
 fn requests_fail_as_under_runc() {
@@ -14,6 +14,7 @@ fn requests_fail_as_under_runc() {
         ("nobody_there", nobody_there),
         ("what_no_shim_does", what_no_shim_does),
         ("shutdown_with_tasks", shutdown_with_tasks),
+        ("the_sandbox_itself", the_sandbox_itself),
     ]);
 }
 
@@ -108,5 +109,41 @@ fn shutdown_with_tasks(pod: &Pod, id: &str) -> Notes {
     let mut notes = vec![format!("shutdown: {}", code(&pod.shim.shutdown(id)))];
     notes.push(format!("status: {}", pod.shim.status(id, "")));
     pod.remove(id);
+    notes
+}
+
+fn the_sandbox_itself(pod: &Pod, id: &str) -> Notes {
+    let program = ["sleep", "1000"];
+    let sandbox = pod
+        .peer
+        .bundle(id, Kind::Sandbox, &program, |_| {})
+        .unwrap();
+    let shim = pod.peer.start(&sandbox).unwrap();
+    let nothing = Paths::default();
+    let pid = shim.create(&sandbox, &nothing).unwrap();
+    assert_eq!(shim.start(id, "").unwrap(), pid);
+    let mut notes = vec![
+        format!("start: {}", code(&shim.start(id, ""))),
+        format!("pids: {}", shim.pids(id).unwrap().processes.len()),
+        format!("resize: {}", code(&shim.resize(id, "", (80, 25)))),
+        format!("close: {}", code(&shim.close_stdin(id, ""))),
+        format!(
+            "exec {}, pause {}, resume {}, update {}",
+            code(&shim.exec(id, "x", &["true"], &nothing)),
+            code(&shim.pause(id)),
+            code(&shim.resume(id)),
+            code(&shim.update(id, &json!({}))),
+        ),
+        format!("kill: {}", code(&shim.kill(id, "", SIGUSR1, false))),
+        format!("status: {}", shim.status(id, "")),
+    ];
+    shim.kill(id, "", SIGKILL, true).unwrap();
+    notes.push(format!("wait: {}", shim.wait(id, "").unwrap().exit_status));
+    let server = shim.server(id).unwrap().shim_pid;
+    shim.delete(id, "").unwrap();
+    notes.push(pod.events(id, "delete"));
+    // It may end before it has answered.
+    drop(shim.shutdown(id));
+    wait_for_end(server);
     notes
 }

@@ -31,6 +31,7 @@ fn processes_join_containers_as_under_runc() {
         ("slowly_out_of_memory", slowly_out_of_memory),
         ("processes_of_the_host", processes_of_the_host),
         ("network_by_path", network_by_path),
+        ("propagation_of_the_root", propagation_of_the_root),
         ("hooks", hooks),
         ("hooks_that_fail", hooks_that_fail),
     ]);
@@ -438,7 +439,48 @@ fn network_by_path(pod: &Pod, id: &str) -> Notes {
     notes
 }
 
-/// A container's bundle with hooks that write down what they see; the one of this name fails.
+fn propagation_of_the_root(pod: &Pod, id: &str) -> Notes {
+    // Whether it has peers; whose slave it is depends on what is mounted around it.
+    let script = "while read -r a b c d place options rest; do test $place = / && case $rest in
+        *shared:*) echo shared;; *unbindable*) echo unbindable;; *) echo private;; esac; done </proc/self/mountinfo";
+    let program = ["sh", "-c", script];
+    let kind = Kind::Member(&pod.sandbox.id);
+    let found = |propagation: &&str| {
+        let id = format!("{id}-{propagation}");
+        let change = |config: &mut Value| {
+            config["linux"]["rootfsPropagation"] = json!(propagation);
+        };
+        let bundle = pod.peer.bundle(&id, kind, &program, change).unwrap();
+        let streams = pod.peer.streams(&id, None).unwrap();
+        let created = pod.shim.create(&bundle, &streams.paths);
+        if created.is_err() {
+            return format!("{propagation}: {}", code(&created));
+        }
+        pod.shim.start(&id, "").unwrap();
+        pod.shim.wait(&id, "").unwrap();
+        pod.shim.delete(&id, "").unwrap();
+        pod.events(&id, "delete");
+        assert_eq!(streams.stderr.text().unwrap(), "");
+        format!(
+            "{propagation}: {}",
+            streams.stdout.text().unwrap().trim_end()
+        )
+    };
+    let all = [
+        "private",
+        "rprivate",
+        "slave",
+        "rslave",
+        "shared",
+        "rshared",
+        "unbindable",
+        "runbindable",
+    ];
+    all.iter().map(found).collect()
+}
+
+/// The bundle of a container that runs until it is killed, with hooks that write down what they see; the one of this name
+/// fails.
 fn hooked(pod: &Pod, id: &str, fails: &str) -> (Bundle, PathBuf) {
     let log = pod.peer.path(&format!("{id}-log"));
     let change = |config: &mut Value| {
@@ -458,8 +500,8 @@ fn hooked(pod: &Pod, id: &str, fails: &str) -> (Bundle, PathBuf) {
         }
     };
     let kind = Kind::Member(&pod.sandbox.id);
-    let bundle = pod.peer.bundle(id, kind, &["true"], change).unwrap();
-    (bundle, log)
+    let bundle = pod.peer.bundle(id, kind, &["sleep", "1000"], change);
+    (bundle.unwrap(), log)
 }
 
 fn hooks(pod: &Pod, id: &str) -> Notes {
@@ -474,6 +516,7 @@ fn hooks(pod: &Pod, id: &str) -> Notes {
     step(&mut notes, format!("create {}", code(&created)));
     let started = pod.shim.start(id, "");
     step(&mut notes, format!("start {}", code(&started)));
+    pod.shim.kill(id, "", SIGKILL, true).unwrap();
     pod.shim.wait(id, "").unwrap();
     let deleted = pod.shim.delete(id, "");
     step(&mut notes, format!("delete {}", code(&deleted)));
@@ -481,16 +524,35 @@ fn hooks(pod: &Pod, id: &str) -> Notes {
 }
 
 fn hooks_that_fail(pod: &Pod, id: &str) -> Notes {
-    let mut notes = Notes::new();
-    for fails in ["prestart", "createRuntime"] {
+    let outcome = |fails: &&str| {
         let id = format!("{id}-{}", fails.to_lowercase());
         let (bundle, log) = hooked(pod, &id, fails);
         let created = pod.shim.create(&bundle, &Paths::default());
-        notes.push(format!("{fails}: {}", code(&created)));
-        notes.push(format!("state: {}", pod.shim.status(&id, "")));
+        let mut outcome = format!("{fails}: ");
+        if created.is_ok() {
+            let started = pod.shim.start(&id, "");
+            if started.is_ok() {
+                pod.shim.kill(&id, "", SIGKILL, true).unwrap();
+            }
+            pod.shim.wait(&id, "").unwrap();
+            let deleted = code(&pod.shim.delete(&id, ""));
+            let events = pod.events(&id, "delete").replace(&id, "-");
+            outcome += &format!("start {}, delete {deleted}, {events}, ", code(&started));
+        }
         let text = fs::read_to_string(&log).unwrap_or_default();
-        let names = text.lines().filter(|line| line.ends_with("word"));
-        notes.push(names.collect::<Vec<_>>().join(", "));
-    }
-    notes
+        for name in text
+            .lines()
+            .filter_map(|line| line.strip_suffix(" hook word"))
+        {
+            outcome += &format!("{name}, ");
+        }
+        outcome
+            + &format!(
+                "then {}, create: {}",
+                pod.shim.status(&id, ""),
+                code(&created)
+            )
+    };
+    let stages = ["prestart", "createRuntime", "poststart", "poststop"];
+    stages.iter().map(outcome).collect()
 }

@@ -11,7 +11,7 @@ use containerd_shim_protos::cgroups_v2::metrics::{IOEntry, Metrics};
 use containerd_shim_protos::protobuf::Message;
 use serde_json::{Value, json};
 
-use super::{SIGKILL, line};
+use super::{SIGKILL, differences, line};
 use crate::network::traffic::bridge;
 
 const MIB: u64 = 1 << 20;
@@ -99,7 +99,7 @@ fn statistics_are_what_was_done() {
     network
         .attach("eth0", "counted", &[bridge("counted0", 81, 9000)])
         .unwrap();
-    for runtime in [Runtime::Runc, Runtime::Bulkhead] {
+    let [expected, found] = [Runtime::Runc, Runtime::Bulkhead].map(|runtime| {
         let (ticks, stats) = work(&world, runtime, &network);
         eprintln!("{runtime:?}: {ticks} ticks, {stats}");
         let (cpu, memory) = (&stats.cpu, &stats.memory);
@@ -122,18 +122,16 @@ fn statistics_are_what_was_done() {
         let kernel = memory.kernel_stack + memory.slab + memory.sock;
         let parts = memory.anon + memory.file + kernel;
         close("memory", 5, memory.usage, parts);
-        // runc's shim tells nothing of the network where control groups are of version 2.
-        if runtime == Runtime::Bulkhead {
-            let [interface] = &stats.network[..] else {
-                panic!("{stats}");
-            };
-            assert_eq!(interface.name, "eth0");
+        for interface in &stats.network {
             let sent = interface.tx_bytes - interface.tx_packets * HEADERS;
             close("sent", 2, sent, SENT * MIB);
             let received = interface.rx_bytes - interface.rx_packets * HEADERS;
             close("received", 2, received, RECEIVED * MIB);
         }
-    }
+        let interfaces = stats.network.iter().map(|interface| &interface.name);
+        vec![format!("interfaces: {:?}", interfaces.collect::<Vec<_>>())]
+    });
+    assert_eq!(differences("statistics", &expected, &found), [""; 0]);
     network.remove().unwrap();
     world.finish().unwrap();
 }
