@@ -1,4 +1,8 @@
 //! Where Bulkhead's shim answers otherwise than runc's, and why.
+//!
+//! Only what is always so can be listed. Chance decides under runc, and not here, whether the end of a container without memory is
+//! told before or after its reason (the reason comes first), whether a container that is being created is found (it is not, and the
+//! answer does not wait), and whether a process that could not be killed any more has stopped (it has).
 
 /// The code of runc's shim for whatever runc has printed, which it only passes on.
 const VAGUE: &str = "UNKNOWN";
@@ -118,6 +122,12 @@ pub const DIFFERENCES: &[Difference] = &[
         runc: "resize after the end: UNKNOWN",
         bulkhead: "resize after the end: OK",
         reason: "who has not heard of the end yet has done nothing wrong, and nothing is left to do",
+    },
+    Difference {
+        behaviour: "terminal_of_an_exec",
+        runc: "closed after the start",
+        bulkhead: "closed before the start",
+        reason: "runc's shim forgets a CloseIO that comes before there is a process, which then waits for ever",
     },
     Difference {
         behaviour: "half_made_bundles",

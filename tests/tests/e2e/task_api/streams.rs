@@ -288,10 +288,12 @@ fn terminal_of_an_exec(pod: &Pod, id: &str) -> Notes {
     notes.push(format!("close: {}", code(&shim.close_stdin(id, "y"))));
     notes.push(format!("close: {}", code(&shim.close_stdin(id, "y"))));
     shim.start(id, "y").unwrap();
+    let mut enough = "before the start";
     if pod.peer.runtime() == Runtime::Runc {
-        // runc's shim forgets what it was asked before there was a process.
         shim.close_stdin(id, "y").unwrap();
+        enough = "after the start";
     }
+    notes.push(format!("closed {enough}"));
     notes.push(format!("wait: {}", shim.wait(id, "y").unwrap().exit_status));
     notes.push(format!("delete: {}", code(&shim.delete(id, "y"))));
     notes.push(streams.stdout.text().unwrap());
