@@ -214,17 +214,24 @@ pub fn close_on_exec_from_three() -> io::Result<()> {
     .map(drop)
 }
 
-/// Gives the process a session keyring of its own; a kernel without keys has nothing to separate.
+/// Gives the process the session keyring of this name, which is made if nobody of its user has; a kernel without keys has nothing to
+/// separate.
 pub fn join_session_keyring(name: &CStr) -> io::Result<()> {
     const KEYCTL_JOIN_SESSION_KEYRING: c_int = 1;
+    const KEYCTL_SETPERM: c_int = 5;
+    // The possessor may do everything; its user may view, read and link, as with any such keyring, and search, to join by name.
+    const PERMISSIONS: u32 = 0x3f1b_0000;
     // SAFETY: the name is a C string that outlives the call.
     let result = check(unsafe {
         libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr())
     });
-    match result {
-        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
-        other => other.map(drop),
-    }
+    let keyring = match result {
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => return Ok(()),
+        other => other?,
+    };
+    // SAFETY: no memory is involved.
+    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_SETPERM, keyring, PERMISSIONS) })
+        .map(drop)
 }
 
 /// Installs a seccomp filter with `SECCOMP_FILTER_FLAG_*` flags for the calling process.

@@ -137,9 +137,7 @@ fn build(
         channel.ask_for_mappings()?;
         become_root()?;
     }
-    let keyring = std::ffi::CString::new(format!("_ses.{}", container.id));
-    let keyring = keyring.context(|| "naming the session keyring".into())?;
-    sys::join_session_keyring(&keyring).context(|| "joining a session keyring".into())?;
+    join_session(container)?;
     if has(sys::CLONE_NEWCGROUP) {
         // Only now, inside its group, because the namespace begins where its maker is.
         sys::unshare(sys::CLONE_NEWCGROUP).context(|| "making a cgroup namespace".into())?;
@@ -238,9 +236,6 @@ fn join(
     channel: &Child,
 ) -> Result<Infallible, Error> {
     begin()?;
-    let keyring = std::ffi::CString::new(format!("_ses.{}", container.id));
-    let keyring = keyring.context(|| "naming the session keyring".into())?;
-    sys::join_session_keyring(&keyring).context(|| "joining a session keyring".into())?;
     // The agent has arranged that this process was born in the container's PID namespace.
     let namespaces = container.namespaces.entered() & !sys::CLONE_NEWPID;
     if container.namespaces.has(sys::CLONE_NEWUSER) {
@@ -250,6 +245,8 @@ fn join(
     if container.namespaces.has(sys::CLONE_NEWUSER) {
         become_root()?;
     }
+    // Only now: a user namespace has names of its own.
+    join_session(container)?;
     if let Some(personality) = container.personality {
         sys::personality(personality).context(|| "setting the personality".into())?;
     }
@@ -266,6 +263,13 @@ fn begin() -> Result<(), Error> {
     sys::reset_signals().context(|| "resetting signals".into())?;
     rustix::process::setsid().context(|| "beginning a session".into())?;
     sys::close_on_exec_from_three().context(|| "marking descriptors close-on-exec".into())
+}
+
+/// Joins the keyring that the processes of a container share.
+fn join_session(container: &Container) -> Result<(), Error> {
+    let keyring = std::ffi::CString::new(format!("_ses.{}", container.id));
+    let keyring = keyring.context(|| "naming the session keyring".into())?;
+    sys::join_session_keyring(&keyring).context(|| "joining a session keyring".into())
 }
 
 /// Takes the identity of root in a user namespace.

@@ -236,6 +236,8 @@ pub async fn limits_and_priorities_are_set(guest: &Guest) {
 
 pub async fn an_exec_is_confined_as_its_container(guest: &Guest) {
     let mut init = spec(&["sleep", "1000"]);
+    // Where the keyrings are.
+    init["linux"]["maskedPaths"] = json!([]);
     init["linux"]["seccomp"] = json!({
         "defaultAction": "SCMP_ACT_ALLOW",
         "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28}],
@@ -248,7 +250,8 @@ pub async fn an_exec_is_confined_as_its_container(guest: &Guest) {
     guest.start("confined", "").await.unwrap();
     let mut exec = guest.streams(false);
     let command = "for n in mnt pid net ipc uts; do test $(readlink /proc/self/ns/$n) = $(readlink /proc/1/ns/$n) || echo $n; done; \
-        mkdir /x 2>/dev/null || echo no; grep CapEff /proc/self/status; ls /proc/self/fd | wc -l";
+        mkdir /x 2>/dev/null || echo no; grep CapEff /proc/self/status; ls /proc/self/fd | wc -l; \
+        grep -c '_ses.confined: ' /proc/keys";
     guest
         .exec(
             "confined",
@@ -264,7 +267,7 @@ pub async fn an_exec_is_confined_as_its_container(guest: &Guest) {
     let output = crate::guest::all(exec.output.take());
     assert_eq!(
         output,
-        "no\nCapEff:\t00000000a80425fb\n4\n",
+        "no\nCapEff:\t00000000a80425fb\n4\n1\n",
         "{}",
         crate::guest::all(exec.error.take())
     );
