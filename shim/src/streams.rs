@@ -276,14 +276,17 @@ impl Output {
         }
     }
 
-    /// Opens a file, which is made if it is not there, with its directories.
+    /// Opens what is there, or makes a file, with its directories.
     fn create_file(path: &str) -> io::Result<Self> {
         let path = &logger::decode(path)?;
         if let Some(directory) = Path::new(path).parent() {
             std::fs::create_dir_all(directory)?;
         }
-        let file = OpenOptions::new().append(true).create(true).open(path)?;
-        Ok(Self::File(file))
+        match OpenOptions::new().append(true).create_new(true).open(path) {
+            // Perhaps a FIFO without a reader, for which nothing here may wait.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Self::open_path(path),
+            file => file.map(Self::File),
+        }
     }
 }
 

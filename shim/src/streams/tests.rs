@@ -231,6 +231,22 @@ async fn two_outputs_may_share_a_file() {
 }
 
 #[tokio::test]
+async fn what_is_called_a_file_may_be_a_fifo_that_nobody_reads_yet() {
+    let mut host = Host::new(&["stdout"]);
+    let uri = format!("file://{}", host.path("stdout").display());
+    host.stdio.stdout = uri;
+    let (streams, mut guests) = host.copy().await;
+    let mut reader = pipe::OpenOptions::new()
+        .open_receiver(host.path("stdout"))
+        .unwrap();
+    guests[0].write_all(b"out\n").await.unwrap();
+    guests.clear();
+    streams.drained().await;
+    drop(streams);
+    assert_eq!(read_all(&mut reader).await, b"out\n");
+}
+
+#[tokio::test]
 async fn a_terminal_has_one_output() {
     let mut host = Host::new(&["stdin", "stdout", "stderr"]);
     host.stdio.terminal = true;
