@@ -95,6 +95,9 @@ impl TaskService {
         if program.limits.is_empty() {
             program.limits.clone_from(&init.limits);
         }
+        if spec.user().umask().is_none() {
+            program.umask = init.umask;
+        }
         program.oom_score_adjustment = program.oom_score_adjustment.or(init.oom_score_adjustment);
         program.scheduler = program.scheduler.or(init.scheduler);
         program.io_priority = program.io_priority.or(init.io_priority);

@@ -192,6 +192,7 @@ fn build(
         mounts::make_directories(&program.directory)
             .context(|| format!("making the directory {}", program.directory.display()))?;
     }
+    rustix::process::umask(Mode::WGRP | Mode::WOTH);
     hooks::run(
         "createContainer",
         &container.create_hooks,

@@ -64,6 +64,8 @@ pub fn start(
             channel.ready()?;
         }
         hooks::run("startContainer", hooks, state, "created")?;
+        // The filter may forbid it, and they stay while they are permitted and inheritable.
+        raise_ambient(program)?;
         if let Some(filter) = &program.seccomp {
             if needs_admin {
                 raise(CapabilitySet::SYS_ADMIN)?;
@@ -74,7 +76,6 @@ pub fn start(
                 set_capabilities(program, false)?;
             }
         }
-        raise_ambient(program)?;
         Err(cannot_run(
             &path,
             &sys::execve(&path, &program.arguments, &environment),

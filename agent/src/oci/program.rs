@@ -89,7 +89,14 @@ impl Program {
                     )
                 })
                 .collect(),
-            oom_score_adjustment: process.oom_score_adj(),
+            oom_score_adjustment: match process.oom_score_adj() {
+                Some(score) if !(-1000..=1000).contains(&score) => {
+                    return Err(Error::InvalidArgument(format!(
+                        "process.oomScoreAdj is {score}: expected -1000 to 1000"
+                    )));
+                }
+                score => score,
+            },
             scheduler: process.scheduler().as_ref().map(scheduler).transpose()?,
             io_priority: match process.io_priority() {
                 None => None,
