@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use containerd_shim_protos::api::{
-    CloseIORequest, PauseRequest, PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest,
-    ResumeRequest, StatsRequest, StatsResponse, UpdateTaskRequest,
+    CheckpointTaskRequest, CloseIORequest, PauseRequest, PidsRequest, PidsResponse, ProcessInfo,
+    ResizePtyRequest, ResumeRequest, StatsRequest, StatsResponse, UpdateTaskRequest,
 };
 use containerd_shim_protos::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, PidsStat};
 use containerd_shim_protos::shim::oci::ProcessDetails;
@@ -107,6 +107,13 @@ impl Tasks {
         self.with(&id, |container| {
             container.resumed(&self.events);
             Ok(())
+        })
+    }
+
+    /// Refuses to write down the state of a container's processes: only the guest's kernel has it.
+    pub(super) fn checkpoint(&self, request: &CheckpointTaskRequest) -> Result<(), Error> {
+        self.with(&request.id, |_| {
+            Err(Error::Unsupported("checkpointing a microVM's container"))
         })
     }
 

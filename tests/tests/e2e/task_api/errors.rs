@@ -12,7 +12,7 @@ fn requests_fail_as_under_runc() {
         ("wrong_working_directory", wrong_directory),
         ("same_container_twice", same_container_twice),
         ("nobody_there", nobody_there),
-        ("what_no_shim_does", what_no_shim_does),
+        ("checkpoint", checkpoint),
         ("shutdown_with_tasks", shutdown_with_tasks),
         ("the_sandbox_itself", the_sandbox_itself),
     ]);
@@ -89,12 +89,14 @@ fn nobody_there(pod: &Pod, id: &str) -> Notes {
         format!("update: {}", code(&shim.update(id, &resources))),
         format!("resize: {}", code(&shim.resize(id, "", (80, 25)))),
         format!("close: {}", code(&shim.close_stdin(id, ""))),
+        format!("checkpoint: {}", code(&shim.checkpoint(id, "/nowhere"))),
         format!("connect: {}", code(&shim.server(id))),
+        format!("no such method: {}", code(&shim.unknown())),
     ]
 }
 
-fn what_no_shim_does(pod: &Pod, id: &str) -> Notes {
-    let mut notes = vec![format!("unknown: {}", code(&pod.shim.unknown()))];
+fn checkpoint(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
     pod.run(id, &["sleep", "1000"]);
     let path = pod.peer.path("checkpoint").display().to_string();
     let checkpoint = pod.shim.checkpoint(id, &path);
