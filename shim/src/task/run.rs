@@ -161,13 +161,14 @@ impl Tasks {
         }
     }
 
-    /// Sends a signal to a process, or to all of a container.
+    /// Sends a signal to a process, or to all of a container. That a container has none any more is no error if all were meant.
     pub(super) async fn kill(self: &Arc<Self>, request: KillRequest) -> Result<(), Error> {
+        let all = request.all && request.exec_id.is_empty();
+        let finished = |error| if all { Ok(()) } else { Err(error) };
         let (kind, ended) = self.with(&request.id, |container| {
             let process = process(container, &request.exec_id)?;
             let kind = match process.phase {
-                Phase::Stopped => return Err(Error::Finished),
-                _ if process.held.is_some() => None,
+                _ if process.held.is_some() || process.phase == Phase::Stopped => None,
                 Phase::Created if !request.exec_id.is_empty() => {
                     return Err(Error::Phase {
                         operation: "kill",
@@ -180,7 +181,7 @@ impl Tasks {
         })?;
         let Some(kind) = kind else {
             noted(ended).await;
-            return Err(Error::Finished);
+            return finished(Error::Finished);
         };
         let is_final = request.signal == libc::SIGKILL as u32 && request.exec_id.is_empty();
         match kind {
@@ -197,7 +198,7 @@ impl Tasks {
             Err(Error::Machine(_)) => Ok(()),
             Err(error) if error.code() == Code::NOT_FOUND => {
                 noted(ended).await;
-                Err(error)
+                finished(error)
             }
             killed => killed.map(drop),
         }

@@ -63,6 +63,10 @@ fn one_life(pod: &Pod, id: &str) -> Notes {
         "kill: {}",
         code(&shim.kill(id, "", SIGTERM, false))
     ));
+    notes.push(format!(
+        "kill all: {}",
+        code(&shim.kill(id, "", SIGKILL, true))
+    ));
     let nothing = Paths::default();
     let exec = shim.exec(id, "late", &["true"], &nothing);
     notes.push(format!("exec: {}", code(&exec)));
