@@ -110,8 +110,9 @@ impl Container {
             process.streams = None;
             process.stand_in = None;
             process.pid = 0;
-            if let Some(exit) = process.held.take() {
-                process.end(exit);
+            match process.held.take() {
+                Some(exit) => process.end(exit),
+                None => process.never_ran(),
             }
         }
         self.tell_ends(events);
@@ -222,6 +223,7 @@ mod tests {
     use protobuf::Message;
 
     use super::*;
+    use crate::process::End;
     use crate::streams::Stdio;
 
     /// A running container with execs in the phase `Running`, and its events so far taken.
@@ -301,15 +303,17 @@ mod tests {
         assert_eq!(told(&events), ["exit y 3", "exit c 2"]);
     }
 
-    #[test]
-    fn an_exec_that_could_not_start_ends_without_an_event() {
+    #[tokio::test]
+    async fn an_exec_that_could_not_start_ends_without_an_event() {
         let (mut container, events) = container(&["x"]);
         let mut exec = Process::new(Stdio::default(), None);
         exec.change(Change::Start).unwrap();
         container.execs.insert("x".into(), exec);
         container.exited("", Exit::now(2), &events);
         container.start_failed("x", &events);
-        assert_eq!(container.execs["x"].phase, Phase::Created);
+        let exec = &container.execs["x"];
+        assert_eq!((exec.phase, exec.exit()), (Phase::Created, None));
+        assert_eq!(exec.ended().await, Some(End::NeverRan));
         assert_eq!(told(&events), ["exit c 2"]);
     }
 

@@ -83,6 +83,15 @@ pub struct Exit {
     pub at: SystemTime,
 }
 
+/// What becomes of a wait for a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It has ended.
+    Exit(Exit),
+    /// It could not be started: there is no end to wait for.
+    NeverRan,
+}
+
 /// The status of a process that ended because its machine did, as if by SIGKILL.
 pub const KILLED: u32 = 128 + libc::SIGKILL as u32;
 
@@ -118,7 +127,7 @@ pub struct Process {
     pub streams: Option<Streams>,
     /// Whether a Delete is under way.
     pub deleting: bool,
-    exit: watch::Sender<Option<Exit>>,
+    end: watch::Sender<Option<End>>,
 }
 
 impl Process {
@@ -132,7 +141,7 @@ impl Process {
             stdio,
             streams,
             deleting: false,
-            exit: watch::Sender::new(None),
+            end: watch::Sender::new(None),
         }
     }
 
@@ -145,6 +154,10 @@ impl Process {
     /// Changes the phase; an error is the phase that does not allow it.
     pub fn change(&mut self, change: Change) -> Result<(), Phase> {
         self.phase = self.phase.after(change).ok_or(self.phase)?;
+        if change == Change::Start {
+            // It may have failed before.
+            self.end.send_replace(None);
+        }
         Ok(())
     }
 
@@ -155,21 +168,31 @@ impl Process {
                 streams.process_ended();
             }
             self.stand_in = None;
-            self.exit.send_replace(Some(exit));
+            self.end.send_replace(Some(End::Exit(exit)));
+        }
+    }
+
+    /// Has nobody wait for a process that could not be started.
+    pub fn never_ran(&mut self) {
+        if self.phase == Phase::Created {
+            self.end.send_replace(Some(End::NeverRan));
         }
     }
 
     /// How it ended, once it has.
     pub fn exit(&self) -> Option<Exit> {
-        *self.exit.borrow()
+        match *self.end.borrow() {
+            Some(End::Exit(exit)) => Some(exit),
+            Some(End::NeverRan) | None => None,
+        }
     }
 
     /// Waits for its end; `None` if it is deleted without one.
-    pub fn ended(&self) -> impl Future<Output = Option<Exit>> + Send + use<> {
-        let mut exit = self.exit.subscribe();
+    pub fn ended(&self) -> impl Future<Output = Option<End>> + Send + use<> {
+        let mut end = self.end.subscribe();
         async move {
-            let ended = exit.wait_for(Option::is_some).await;
-            ended.ok().and_then(|exit| *exit)
+            let ended = end.wait_for(Option::is_some).await;
+            ended.ok().and_then(|end| *end)
         }
     }
 
@@ -223,10 +246,28 @@ mod tests {
         let exit = Exit::now(7);
         process.end(exit);
         process.end(Exit::now(8));
-        assert_eq!(early.await, Some(exit));
-        assert_eq!(process.ended().await, Some(exit));
+        assert_eq!(early.await, Some(End::Exit(exit)));
+        assert_eq!(process.ended().await, Some(End::Exit(exit)));
+        assert_eq!(process.exit(), Some(exit));
+        process.never_ran();
         assert_eq!(process.exit(), Some(exit));
         let deleted = Process::new(Stdio::default(), None).ended();
         assert_eq!(deleted.await, None);
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_what_could_not_start_unless_it_is_tried_again() {
+        let mut process = Process::new(Stdio::default(), None);
+        let early = process.ended();
+        process.never_ran();
+        assert_eq!(early.await, Some(End::NeverRan));
+        assert_eq!(process.ended().await, Some(End::NeverRan));
+        assert_eq!(process.exit(), None);
+        process.change(Change::Start).unwrap();
+        let late = process.ended();
+        process.change(Change::Started).unwrap();
+        let exit = Exit::now(0);
+        process.end(exit);
+        assert_eq!(late.await, Some(End::Exit(exit)));
     }
 }

@@ -33,7 +33,7 @@ use crate::container::Container;
 use crate::error::Error;
 use crate::events::Publisher;
 use crate::logger::Owner;
-use crate::process::{Exit, KILLED, Phase, Process};
+use crate::process::{End, Exit, KILLED, Phase, Process};
 use crate::sandbox::Sandbox;
 use crate::stand_in::{self, Mailbox, Stops};
 
@@ -229,16 +229,19 @@ impl Tasks {
         let ended = self.with(&request.id, |container| {
             Ok(process(container, &request.exec_id)?.ended())
         })?;
-        let exit = ended.await;
+        let end = ended.await;
         // Deleted meanwhile, without an end.
-        let exit = exit.ok_or_else(|| match request.exec_id.as_str() {
+        let end = end.ok_or_else(|| match request.exec_id.as_str() {
             "" => Error::NoContainer(request.id.clone()),
             exec_id => no_process(&request.id, exec_id),
         })?;
-        Ok(WaitResponse {
-            exit_status: exit.status,
-            exited_at: MessageField::some(exit.timestamp()),
-            ..Default::default()
+        Ok(match end {
+            End::Exit(exit) => WaitResponse {
+                exit_status: exit.status,
+                exited_at: MessageField::some(exit.timestamp()),
+                ..Default::default()
+            },
+            End::NeverRan => WaitResponse::default(),
         })
     }
 

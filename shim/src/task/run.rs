@@ -19,7 +19,7 @@ use crate::args::is_identifier;
 use crate::container::Container;
 use crate::error::Error;
 use crate::hooks::Stage;
-use crate::process::{Change, Exit, KILLED, Phase, Process};
+use crate::process::{Change, End, Exit, KILLED, Phase, Process};
 use crate::spec;
 use crate::stand_in::Network;
 use crate::streams::{Ends, Stdio};
@@ -32,7 +32,7 @@ const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Waits until the end of a process is noted. Who is told that it has finished, or could not start, looks at it next, and must find it
 /// stopped: ctr deletes nothing else.
-async fn noted(ended: impl Future<Output = Option<Exit>>) {
+async fn noted(ended: impl Future<Output = Option<End>>) {
     if tokio::time::timeout(KILL_PATIENCE, ended).await.is_err() {
         log::warn!("the guest says that a process has finished, but not how");
     }
@@ -51,6 +51,7 @@ impl Tasks {
                 phase,
             };
             if !exec_id.is_empty() && container.init_has_ended() {
+                process_mut(container, &exec_id)?.never_ran();
                 return Err(refused(Phase::Stopped));
             }
             let network = Arc::clone(&container.network);

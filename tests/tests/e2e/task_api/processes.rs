@@ -14,7 +14,7 @@ use containerd_shim_protos::protobuf::{Message, MessageDyn};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::{Notes, Pod, SIGKILL, SIGTERM, compare, send};
+use super::{Notes, Pod, SIGKILL, SIGTERM, background, compare, send};
 
 #[test]
 fn processes_join_containers_as_under_runc() {
@@ -158,9 +158,17 @@ fn exec_of_a_missing_program(pod: &Pod, id: &str) -> Notes {
     let program = ["/no/such/program"];
     let exec = shim.exec(id, "x", &program, &Paths::default());
     notes.push(format!("exec: {}", code(&exec)));
+    let own = id.to_owned();
+    let early = background(shim, move |shim| shim.wait(&own, "x"));
     let started = shim.start(id, "x");
     assert!(format!("{started:?}").contains(program[0]), "{started:?}");
     notes.push(format!("start: {}", code(&started)));
+    for waited in [early.join().unwrap(), shim.wait(id, "x")] {
+        let waited = waited.unwrap();
+        // That of runc's shim is long before all others.
+        let at = waited.exited_at.seconds > 0;
+        notes.push(format!("wait: {}, at a time: {at}", waited.exit_status));
+    }
     notes.push(format!("status: {}", shim.status(id, "x")));
     notes.push(format!("delete: {}", code(&shim.delete(id, "x"))));
     notes.push(format!("init: {}", shim.status(id, "")));
@@ -206,6 +214,7 @@ fn exec_after_the_init(pod: &Pod, id: &str) -> Notes {
     shim.kill(id, "", SIGKILL, false).unwrap();
     shim.wait(id, "").unwrap();
     notes.push(format!("start: {}", code(&shim.start(id, "x"))));
+    notes.push(format!("wait: {}", shim.wait(id, "x").unwrap().exit_status));
     notes.push(format!(
         "exec: {}",
         code(&shim.exec(id, "y", &["true"], &nothing))
