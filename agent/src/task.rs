@@ -113,9 +113,10 @@ impl TaskService {
 
     fn kill_processes(&self, request: &KillRequest) -> Result<(), Error> {
         let container = self.agent.container(&request.id)?;
+        // None at all asks whether there is somebody who could get one.
         let signal = i32::try_from(request.signal)
             .ok()
-            .filter(|signal| (1..=64).contains(signal));
+            .filter(|signal| (0..=64).contains(signal));
         let signal = signal.ok_or_else(|| {
             Error::InvalidArgument(format!("there is no signal {}", request.signal))
         })?;

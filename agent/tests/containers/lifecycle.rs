@@ -74,6 +74,11 @@ pub async fn a_container_is_killed(guest: &Guest) {
         .await
         .unwrap();
     guest.start("killed", "").await.unwrap();
+    for all in [false, true] {
+        guest.kill("killed", "", 0, all).await.unwrap();
+        let unknown = guest.kill("killed", "", 65, all).await;
+        assert_eq!(status(unknown).0, Code::INVALID_ARGUMENT);
+    }
     assert_eq!(
         status(guest.delete("killed", "").await).0,
         Code::FAILED_PRECONDITION

@@ -216,6 +216,12 @@ fn signals(pod: &Pod, id: &str) -> Notes {
         "no signal: {}",
         code(&pod.shim.kill(id, "", 1000, false))
     ));
+    // It reaches nobody, and tells whether there is somebody.
+    notes.push(format!(
+        "signal 0: {}, to all: {}",
+        code(&pod.shim.kill(id, "", 0, false)),
+        code(&pod.shim.kill(id, "", 0, true))
+    ));
     for (exec, script, signal) in [
         ("term", "", SIGTERM),
         ("kill", "trap '' TERM; ", SIGKILL),
@@ -228,9 +234,12 @@ fn signals(pod: &Pod, id: &str) -> Notes {
         pod.shim.exec(id, exec, &args, &paths).unwrap();
         pod.shim.start(id, exec).unwrap();
         wait();
+        pod.shim.kill(id, exec, 0, false).unwrap();
         pod.shim.kill(id, exec, signal, false).unwrap();
         let exit = pod.shim.wait(id, exec).expect(exec);
         notes.push(format!("{exec}: {}", exit.exit_status));
+        let late = pod.shim.kill(id, exec, 0, false);
+        notes.push(format!("signal 0: {}", code(&late)));
         pod.shim.delete(id, exec).unwrap();
     }
     notes.push(format!("status: {}", pod.shim.status(id, "")));
