@@ -207,12 +207,21 @@ impl Tasks {
         self.with(&request.id, |container| {
             let process = process(container, &request.exec_id)?;
             let exit = process.exit();
+            // In a paused container that is what every process is, whatever else it is.
+            let phase = match container.init.phase {
+                paused @ (Phase::Pausing | Phase::Paused) => paused,
+                _ => process.phase,
+            };
+            let id = match request.exec_id.as_str() {
+                "" => &container.id,
+                exec_id => exec_id,
+            };
             Ok(StateResponse {
-                id: container.id.clone(),
-                exec_id: request.exec_id.clone(),
+                // As runc's shim has it: the process's own, and no exec_id.
+                id: id.to_owned(),
                 bundle: container.bundle.clone(),
                 pid: process.pid,
-                status: status(process.phase).into(),
+                status: status(phase).into(),
                 stdin: process.stdio.stdin.clone(),
                 stdout: process.stdio.stdout.clone(),
                 stderr: process.stdio.stderr.clone(),

@@ -141,8 +141,10 @@ fn frozen(pod: &Pod, id: &str) -> Notes {
     notes.push(format!("exec: {}", code(&added)));
     notes.push(format!("pause: {}", code(&pod.shim.pause(id))));
     notes.push(format!("status: {}", pod.shim.status(id, "")));
+    notes.push(format!("exec: {}", pod.shim.status(id, "before")));
     let started = pod.shim.start(id, "before");
     notes.push(format!("start: {}", code(&started)));
+    notes.push(format!("exec: {}", pod.shim.status(id, "before")));
     notes.push(format!("pause: {}", code(&pod.shim.pause(id))));
     let exec = pod.shim.exec(id, "x", &["true"], &nothing);
     notes.push(format!("exec: {}", code(&exec)));
@@ -150,6 +152,7 @@ fn frozen(pod: &Pod, id: &str) -> Notes {
     notes.push(format!("stats: {}", code(&pod.shim.stats(id))));
     notes.push(format!("resume: {}", code(&pod.shim.resume(id))));
     notes.push(format!("status: {}", pod.shim.status(id, "")));
+    notes.push(format!("exec: {}", pod.shim.status(id, "before")));
     pod.remove(id);
     notes.push(pod.events(id, "delete"));
     notes

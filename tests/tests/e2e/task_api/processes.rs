@@ -59,7 +59,9 @@ fn exec_life(pod: &Pod, id: &str) -> Notes {
     let pid = shim.start(id, "x").unwrap();
     let exit = shim.wait(id, "x").unwrap();
     notes.push(format!("wait: {}", exit.exit_status));
-    notes.push(format!("status: {}", shim.status(id, "x")));
+    let state = shim.state(id, "x").unwrap();
+    notes.push(format!("named {:?} {:?}", state.id, state.exec_id));
+    notes.push(format!("status: {:?}", state.status));
     notes.push(format!("start: {}", code(&shim.start(id, "x"))));
     notes.push(format!(
         "kill: {}",
