@@ -1,8 +1,11 @@
 //! What fails, and how it is told.
 
 use bulkhead_tests::peer::{Kind, Paths, code};
+use containerd_shim_protos::cgroups_v2::metrics::Metrics;
+use containerd_shim_protos::protobuf::Message;
 use serde_json::{Value, json};
 
+use super::processes::given;
 use super::{Notes, Pod, SIGKILL, SIGUSR1, compare, wait_for_end};
 
 #[test]
@@ -124,8 +127,11 @@ fn the_sandbox_itself(pod: &Pod, id: &str) -> Notes {
     let nothing = Paths::default();
     let pid = shim.create(&sandbox, &nothing).unwrap();
     assert_eq!(shim.start(id, "").unwrap(), pid);
+    let stats = shim.stats(id).unwrap().stats;
+    let stats = Metrics::parse_from_bytes(&stats.value).unwrap();
     let mut notes = vec![
         format!("start: {}", code(&shim.start(id, ""))),
+        format!("uses {:?}: {}", given(&stats), stats.memory.usage > 0),
         format!("pids: {}", shim.pids(id).unwrap().processes.len()),
         format!("resize: {}", code(&shim.resize(id, "", (80, 25)))),
         format!("close: {}", code(&shim.close_stdin(id, ""))),

@@ -271,15 +271,7 @@ fn limits_and_statistics(pod: &Pod, id: &str) -> Notes {
         "{stats}"
     );
     notes.push(format!("processes: {}", stats.pids.current));
-    let fields = stats.descriptor_dyn().fields().collect::<Vec<_>>();
-    let given = fields
-        .iter()
-        .filter(|field| match field.runtime_field_type() {
-            RuntimeFieldType::Singular(_) => field.has_field(&stats),
-            RuntimeFieldType::Repeated(_) | RuntimeFieldType::Map(..) => false,
-        });
-    let given: Vec<_> = given.map(|field| field.name()).collect();
-    notes.push(format!("given: {given:?}"));
+    notes.push(format!("given: {:?}", given(&stats)));
     let resources = json!({
         "memory": {"limit": 64 << 20}, "pids": {"limit": 50}, "cpu": {"shares": 512},
     });
@@ -302,6 +294,18 @@ fn limits_and_statistics(pod: &Pod, id: &str) -> Notes {
     notes.push(format!("pids: {}", code(&shim.pids(id))));
     shim.delete(id, "").unwrap();
     notes
+}
+
+/// What statistics tell of, but for lists.
+pub fn given(stats: &Metrics) -> Vec<String> {
+    let fields = stats.descriptor_dyn().fields().collect::<Vec<_>>();
+    let given = fields
+        .iter()
+        .filter(|field| match field.runtime_field_type() {
+            RuntimeFieldType::Singular(_) => field.has_field(stats),
+            RuntimeFieldType::Repeated(_) | RuntimeFieldType::Map(..) => false,
+        });
+    given.map(|field| field.name().to_owned()).collect()
 }
 
 /// A container that wants more memory than it may have ends, and no other.
