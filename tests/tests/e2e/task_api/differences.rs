@@ -2,7 +2,9 @@
 //!
 //! Only what is always so can be listed. Chance decides under runc, and not here, whether the end of a container without memory is
 //! told before or after its reason (the reason comes first), whether a container that is being created is found (it is not, and the
-//! answer does not wait), and whether a process that could not be killed any more has stopped (it has).
+//! answer does not wait), and whether a process that could not be killed any more has stopped (it has). Nor can be listed what never
+//! comes: who waits for a container, or for a process in one, that is deleted before its start waits for ever with the shim of runc's
+//! age, and is told here.
 
 /// The code of runc's shim for whatever runc has printed, which it only passes on.
 const VAGUE: &str = "UNKNOWN";
