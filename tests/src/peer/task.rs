@@ -133,7 +133,20 @@ impl Shim {
         args: &[&str],
         stdio: &Paths,
     ) -> ttrpc::Result<Empty> {
+        self.exec_changed(id, exec_id, args, stdio, |_| {})
+    }
+
+    /// The same, with a process that is described otherwise.
+    pub fn exec_changed(
+        &self,
+        id: &str,
+        exec_id: &str,
+        args: &[&str],
+        stdio: &Paths,
+        change: impl FnOnce(&mut Value),
+    ) -> ttrpc::Result<Empty> {
         let mut process = super::bundle::process(args);
+        change(&mut process);
         process["terminal"] = json!(stdio.terminal);
         let request = ExecProcessRequest {
             id: id.into(),

@@ -71,6 +71,18 @@ pub const DIFFERENCES: &[Difference] = &[
         reason: "only init and execs have processes on the host; what they start has the number of the init",
     },
     Difference {
+        behaviour: "exec_that_cannot_be_made",
+        runc: "exec OK, start UNKNOWN, state CREATED, delete OK",
+        bulkhead: "exec INVALID_ARGUMENT, start NOT_FOUND, state NOT_FOUND, delete NOT_FOUND",
+        reason: "what is wrong with a process and its streams is told when it is added; runc's shim looks at neither before the start",
+    },
+    Difference {
+        behaviour: "exec_that_cannot_be_made",
+        runc: "create, start, exec-added directory, exec-added fifo, exit exec-that-cannot-be-made 137, delete 137",
+        bulkhead: "create, start, exit exec-that-cannot-be-made 137, delete 137",
+        reason: "as above",
+    },
+    Difference {
         behaviour: "hooks",
         runc: "create OK: prestart hook word id:hooks status:creating createRuntime hook word id:hooks status:creating poststart hook word id:hooks status:created ",
         bulkhead: "create OK: prestart hook word id:hooks status:creating createRuntime hook word id:hooks status:creating ",

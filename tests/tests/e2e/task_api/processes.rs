@@ -23,6 +23,7 @@ fn processes_join_containers_as_under_runc() {
         ("short_lives", short_lives),
         ("two_at_once", two_at_once),
         ("exec_of_a_missing_program", exec_of_a_missing_program),
+        ("exec_that_cannot_be_made", exec_that_cannot_be_made),
         ("exec_that_outlives_the_init", exec_that_outlives_the_init),
         ("exec_after_the_init", exec_after_the_init),
         ("pids_of_processes", pids_of_processes),
@@ -174,6 +175,36 @@ fn exec_of_a_missing_program(pod: &Pod, id: &str) -> Notes {
     notes.push(format!("status: {}", shim.status(id, "x")));
     notes.push(format!("delete: {}", code(&shim.delete(id, "x"))));
     notes.push(format!("init: {}", shim.status(id, "")));
+    pod.remove(id);
+    notes.push(pod.events(id, "delete"));
+    notes
+}
+
+fn exec_that_cannot_be_made(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    pod.run(id, &["sleep", "1000"]);
+    let shim = &pod.shim;
+    let missing = pod.peer.path("no-fifo").display().to_string();
+    let nowhere = Paths {
+        stderr: missing.clone(),
+        stdout: missing,
+        ..Paths::default()
+    };
+    for (exec, directory, paths) in [
+        ("directory", "tmp", Paths::default()),
+        ("fifo", "/", nowhere),
+    ] {
+        let added = shim.exec_changed(id, exec, &["true"], &paths, |process| {
+            process["cwd"] = directory.into();
+        });
+        notes.push(format!(
+            "exec {}, start {}, state {}, delete {}",
+            code(&added),
+            code(&shim.start(id, exec)),
+            shim.status(id, exec),
+            code(&shim.delete(id, exec))
+        ));
+    }
     pod.remove(id);
     notes.push(pod.events(id, "delete"));
     notes
