@@ -176,7 +176,7 @@ fn build(
     };
     let null = null_device()?;
 
-    enter(&root, container)?;
+    let guest = enter(&root, container)?;
     let mut unfinished = Vec::new();
     for mount in mounts {
         unfinished.extend(mount.mount()?);
@@ -207,15 +207,15 @@ fn build(
         sys::mount_setattr(root.as_fd(), mounts::READ_ONLY, false)
             .context(|| "making the root read-only".into())?;
     }
+    mounts::make_read_only(&container.read_only_paths)?;
+    mounts::mask(&container.masked, &null)?;
+    // Not earlier: a user namespace may mount /proc only where another can be seen, and masks are copies of the guest's null device.
+    leave(&guest, &root)?;
+    // Not earlier: no root is changed for one whose mounts spread.
     if let Some(propagation) = container.propagation {
         rustix::mount::mount_change("/", propagation)
             .context(|| "setting the root's propagation".into())?;
     }
-    mounts::make_read_only(&container.read_only_paths)?;
-    mounts::mask(&container.masked, &null)?;
-    // Not earlier: a user namespace may mount /proc only where another can be seen, and masks are copies of the guest's null device.
-    rustix::mount::unmount(".", UnmountFlags::DETACH)
-        .context(|| "letting the guest's root go".into())?;
     if let Some(personality) = container.personality {
         sys::personality(personality).context(|| "setting the personality".into())?;
     }
@@ -303,12 +303,25 @@ fn null_device() -> Result<OwnedFd, Error> {
     rustix::fs::open("/dev/null", flags, Mode::empty()).context(|| "opening /dev/null".into())
 }
 
-/// Makes the mounted root the process's root. The old one stays mounted on top of it, where only "." leads.
-fn enter(root: &OwnedFd, container: &Container) -> Result<(), Error> {
+/// Makes the mounted root the process's root, out of which no path leads, and returns the guest's.
+fn enter(root: &OwnedFd, container: &Container) -> Result<OwnedFd, Error> {
     let what = || "entering the container's root".to_owned();
     root::attach(root, &container.place).context(what)?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let guest = rustix::fs::open("/", flags, Mode::empty()).context(what)?;
     rustix::process::fchdir(root).context(what)?;
-    rustix::process::pivot_root(".", ".").context(what)
+    rustix::process::chroot(".").context(what)?;
+    Ok(guest)
+}
+
+/// Lets the guest's root go: the container's becomes that of its mount namespace.
+fn leave(guest: &OwnedFd, root: &OwnedFd) -> Result<(), Error> {
+    let what = || "letting the guest's root go".to_owned();
+    rustix::process::fchdir(guest).context(what)?;
+    rustix::process::chroot(".").context(what)?;
+    rustix::process::fchdir(root).context(what)?;
+    rustix::process::pivot_root(".", ".").context(what)?;
+    rustix::mount::unmount(".", UnmountFlags::DETACH).context(what)
 }
 
 /// Puts a terminal, or the standard streams, at descriptors 0, 1 and 2.

@@ -158,11 +158,25 @@ pub async fn links_of_an_image_do_not_lead_out(guest: &Guest) {
     let secret = guest.directory.join("secret");
     std::fs::create_dir_all(&secret).unwrap();
     std::os::unix::fs::symlink(&secret, root.join("mnt")).unwrap();
-    let mut spec = spec(&["sh", "-c", "ls -d /mnt/made"]);
+    // Above the root there is nothing else.
+    let above = format!("../..{}", secret.display());
+    std::os::unix::fs::symlink(above, root.join("srv")).unwrap();
+    let script = "ls -d /mnt/made /srv/file; pwd; grep -c /made /proc/self/mountinfo; grep -c '/secret/ro ' /proc/self/mountinfo";
+    let mut spec = spec(&["sh", "-c", script]);
+    spec["process"]["cwd"] = json!("/srv/work/place");
+    spec["linux"]["readonlyPaths"] = json!(["/srv/ro"]);
     let mounts = spec["mounts"].as_array_mut().unwrap();
     mounts.push(json!({"destination": "/mnt/made", "type": "tmpfs", "source": "tmpfs"}));
+    mounts.push(json!({"destination": "/srv/ro", "type": "tmpfs", "source": "tmpfs"}));
+    mounts.push(json!({"destination": "/srv/file", "type": "bind", "source": "/dev/null", "options": ["bind"]}));
     let outcome = guest.run_in(&spec, &[bind(&root)]).await.unwrap();
-    assert_eq!(outcome.output, "/mnt/made\n", "{}", outcome.error);
+    let place = format!("{}/work/place", secret.display());
+    assert_eq!(
+        outcome.output,
+        format!("/mnt/made\n/srv/file\n{place}\n1\n2\n"),
+        "{}",
+        outcome.error
+    );
     assert_eq!(std::fs::read_dir(&secret).unwrap().count(), 0);
 }
 
