@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::pipe::SpliceFlags;
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 
@@ -34,10 +35,26 @@ pub async fn input(stream: Socket, pipe: OwnedFd) -> io::Result<()> {
     splice(stream.descriptor(), &pipe).await
 }
 
-/// Copies what is written to a terminal to the host, until the last process has closed the terminal, and then ends the stream.
-pub async fn terminal_output(terminal: OwnedFd, stream: Socket) -> io::Result<()> {
+/// Copies what is written to a terminal to the host, until its process has `ended` and nobody else has the terminal open, and then ends
+/// the stream. As long as the process lives, it may close its terminal and open it again.
+pub async fn terminal_output(
+    terminal: OwnedFd,
+    ended: impl Future<Output = ()>,
+    stream: Socket,
+) -> io::Result<()> {
+    let peer = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let peer = ioctl_tiocgptpeer(&terminal, peer)?;
     let terminal = asynchronous(terminal, Interest::READABLE)?;
-    let mut stream = stream;
+    let open = async {
+        ended.await;
+        drop(peer);
+        Ok(())
+    };
+    tokio::try_join!(open, copy_terminal(terminal, stream)).map(drop)
+}
+
+/// Copies what is written to a terminal until nobody has it open, and then ends the stream.
+async fn copy_terminal(terminal: AsyncFd<OwnedFd>, mut stream: Socket) -> io::Result<()> {
     let mut buffer = vec![0; TERMINAL_BUFFER];
     loop {
         let read = terminal

@@ -89,7 +89,7 @@ impl Relays {
 
 /// Copies between a process's terminal and its streams.
 pub fn connect_terminal(
-    process: &Process,
+    process: &Arc<Process>,
     terminal: OwnedFd,
     streams: &Arc<Streams>,
 ) -> Result<(), Error> {
@@ -98,8 +98,12 @@ pub fn connect_terminal(
     let again = |terminal: &OwnedFd| terminal.as_fd().try_clone_to_owned().context(what);
     if let Some(name) = process.streams.output {
         let terminal = again(&terminal)?;
+        let process = process.clone();
+        let ended = async move {
+            process.wait().await;
+        };
         spawn(streams, name, |stream| {
-            relay::terminal_output(terminal, stream)
+            relay::terminal_output(terminal, ended, stream)
         });
     }
     if let Some(name) = process.streams.input {

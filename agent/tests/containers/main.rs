@@ -87,6 +87,7 @@ tests! {
         streams_may_come_after_the_request
         no_streams_are_the_null_device
         a_terminal_is_one
+        a_terminal_may_be_closed_and_opened_again
         an_exec_may_have_a_terminal;
     lifecycle:
         a_container_runs_and_its_output_and_exit_code_arrive

@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 
 use containerd_shim_protos::api::ResizePtyRequest;
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::json;
 
 use crate::guest::{Guest, all, bind, context, process, spec};
@@ -173,6 +174,33 @@ pub async fn a_terminal_is_one(guest: &Guest) {
     );
     assert_eq!(guest.wait("tty", "").await.unwrap(), 0);
     guest.delete("tty", "").await.unwrap();
+}
+
+pub async fn a_terminal_may_be_closed_and_opened_again(guest: &Guest) {
+    let mut streams = guest.streams(true);
+    let root = guest.root();
+    for name in ["closed", "go"] {
+        let path = root.join(name);
+        mknodat(CWD, &path, FileType::Fifo, Mode::RWXU, 0).unwrap();
+    }
+    let mut shell = spec(&[
+        "sh",
+        "-c",
+        "exec </dev/null >/dev/null 2>&1; echo >/closed; read word </go; exec >/dev/console; echo $word",
+    ]);
+    shell["process"]["terminal"] = json!(true);
+    guest
+        .create("again", &shell, &[bind(&root)], &streams, true)
+        .await
+        .unwrap();
+    guest.start("again", "").await.unwrap();
+    std::fs::read(root.join("closed")).unwrap();
+    // The agent does one thing after the other: with this answer it has seen that nobody had the terminal open.
+    guest.state("again", "").await.unwrap();
+    std::fs::write(root.join("go"), "found\n").unwrap();
+    assert_eq!(all(streams.output.take()), "found\r\n");
+    assert_eq!(guest.wait("again", "").await.unwrap(), 0);
+    guest.delete("again", "").await.unwrap();
 }
 
 pub async fn an_exec_may_have_a_terminal(guest: &Guest) {
