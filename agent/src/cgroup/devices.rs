@@ -74,6 +74,7 @@ impl TryFrom<&LinuxDeviceCgroup> for Rule {
 /// terminals and tunnels.
 pub fn rules(asked: &[LinuxDeviceCgroup]) -> Result<Vec<Rule>, Error> {
     let mut rules: Vec<Rule> = asked.iter().map(Rule::try_from).collect::<Result<_, _>>()?;
+    unite(&mut rules);
     let allow = |kind, major, minor, access| Rule {
         allow: true,
         kind: Some(kind),
@@ -95,7 +96,41 @@ pub fn rules(asked: &[LinuxDeviceCgroup]) -> Result<Vec<Rule>, Error> {
     Ok(rules)
 }
 
+/// Lets a rule allow what earlier ones for the same devices have allowed, too: who opens a device to read and to write asks for both at
+/// once.
+fn unite(rules: &mut [Rule]) {
+    for later in 1..rules.len() {
+        let (earlier, rest) = rules.split_at_mut(later);
+        let rule = &mut rest[0];
+        let last_denial = earlier
+            .iter()
+            .rposition(|other| !other.allow && other.overlaps(rule));
+        let since = last_denial.map_or(0, |denial| denial + 1);
+        for other in &earlier[since..] {
+            if rule.allow && other.allow && other.devices() == rule.devices() {
+                rule.access |= other.access;
+            }
+        }
+    }
+}
+
 impl Rule {
+    fn devices(&self) -> (Option<u32>, Option<u32>, Option<u32>) {
+        (self.kind, self.major, self.minor)
+    }
+
+    /// Whether there may be a device for which both are.
+    fn overlaps(&self, other: &Self) -> bool {
+        let pairs = [
+            (self.kind, other.kind),
+            (self.major, other.major),
+            (self.minor, other.minor),
+        ];
+        pairs
+            .iter()
+            .all(|(one, two)| one.is_none() || two.is_none() || one == two)
+    }
+
     fn fits_everything(&self) -> bool {
         (self.kind, self.major, self.minor, self.access) == (None, None, None, ANY_ACCESS)
     }
@@ -232,6 +267,22 @@ mod tests {
 
     fn asked(json: &str) -> Vec<Rule> {
         rules(&serde_json::from_str::<Vec<_>>(json).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn what_is_allowed_in_two_rules_may_be_done_at_once() {
+        let read = r#"{"allow":true,"type":"c","major":42,"minor":0,"access":"r"}"#;
+        let write = r#"{"allow":true,"type":"c","major":42,"minor":0,"access":"w"}"#;
+        let denial = r#"{"allow":false,"access":"rwm"}"#;
+        let both = READ | WRITE;
+        for (rules, expected) in [
+            (format!("[{denial},{read},{write}]"), true),
+            (format!("[{read},{denial},{write}]"), false),
+            (format!("[{denial},{read}]"), false),
+        ] {
+            let program = program(&asked(&rules));
+            assert_eq!(run(&program, CHARACTER, 42, 0, both), expected, "{rules}");
+        }
     }
 
     #[test]
