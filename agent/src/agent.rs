@@ -140,6 +140,9 @@ impl Agent {
             // Not earlier: the process has found the disks, and mounts some that the container itself may not use.
             self.limit_disks(&plan.container.root, &cgroup, &plan.resources)?;
             cgroup.allow_devices(&plan.devices)?;
+            if plan.container.may_divide_its_group() {
+                cgroup.give_to(plan.mappings.user(0))?;
+            }
             Ok(channel)
         };
         match made.await {

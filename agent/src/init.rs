@@ -11,9 +11,6 @@ use crate::agent::Paths;
 use crate::error::{Context, Error};
 use crate::{cgroup, child, sys};
 
-/// Where the control groups are mounted.
-const CGROUP: &str = "/sys/fs/cgroup";
-
 /// Source or type, place, flags, data.
 const FILE_SYSTEMS: [(&str, &str, MountFlags, &std::ffi::CStr); 8] = {
     const STRICT: MountFlags = MountFlags::NOSUID
@@ -26,7 +23,7 @@ const FILE_SYSTEMS: [(&str, &str, MountFlags, &std::ffi::CStr); 8] = {
         ("proc", "/proc", STRICT, c""),
         ("sysfs", "/sys", STRICT, c""),
         ("tmpfs", "/run", PLAIN, c"mode=755"),
-        ("cgroup2", CGROUP, STRICT, c""),
+        ("cgroup2", cgroup::MOUNT, STRICT, c""),
         ("devpts", "/dev/pts", DEVICES, c"mode=620,ptmxmode=666"),
         ("tmpfs", "/dev/shm", PLAIN, c"mode=1777"),
         ("mqueue", "/dev/mqueue", STRICT, c""),
@@ -82,10 +79,10 @@ pub fn prepare() -> Result<Paths, Error> {
     // container's limit says.
     child::outside::set("vm/overcommit_memory", "1")?;
     sys::loopback_up().context(|| "bringing the loopback interface up".into())?;
-    cgroup::delegate(Path::new(CGROUP))?;
+    cgroup::delegate(Path::new(cgroup::MOUNT))?;
     Ok(Paths {
         run: "/run".into(),
-        cgroup: CGROUP.into(),
+        cgroup: cgroup::MOUNT.into(),
     })
 }
 

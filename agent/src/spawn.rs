@@ -193,8 +193,15 @@ impl Agent {
         // Perhaps asked for since it was described: its program must not find another.
         let size = process.size();
         let own = container.built.namespaces.entered() & sys::CLONE_NEWPID != 0;
+        let cgroup = &container.cgroup;
         let fork = self.in_pid_namespace(own.then_some(target.as_fd()), || {
-            sys::fork_into(0, Some(container.cgroup.directory()))
+            match sys::fork_into(0, Some(cgroup.directory())) {
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                    let group = cgroup.directory_of(container.init.pid())?;
+                    sys::fork_into(0, Some(group.as_fd()))
+                }
+                made => made,
+            }
         });
         match fork.context(|| format!("making a process in container {id:?}"))? {
             Fork::Child => {

@@ -7,6 +7,7 @@ pub mod stats;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -18,6 +19,9 @@ use tokio::io::unix::AsyncFd;
 use crate::disk;
 use crate::error::{Context, Error};
 use crate::sys::{self, asynchronous};
+
+/// Where the control groups are mounted.
+pub const MOUNT: &str = "/sys/fs/cgroup";
 
 /// The controllers that containers are given, as far as the kernel has them.
 const CONTROLLERS: [&str; 6] = ["cpu", "cpuset", "hugetlb", "io", "memory", "pids"];
@@ -70,6 +74,23 @@ impl Cgroup {
     /// Its directory, to make processes in it.
     pub fn directory(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
+    }
+
+    /// The directory of the group, it or one below it, in which a process is. A container that gives controllers to groups of its own
+    /// moves its processes into them, and then none can be made above (Linux, cgroup-v2.rst, "No Internal Process Constraint").
+    pub fn directory_of(&self, pid: u32) -> io::Result<OwnedFd> {
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+        let group = text.lines().find_map(|line| line.strip_prefix("0::/"));
+        let group = group.map(|group| Path::new(MOUNT).join(group));
+        match group {
+            Some(group) if group.starts_with(&self.path) => {
+                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                Ok(rustix::fs::open(&group, flags, Mode::empty())?)
+            }
+            _ => Err(io::Error::other(format!(
+                "process {pid} has left its container's control group"
+            ))),
+        }
     }
 
     /// Sets limits, but for those of disks. Those that are not mentioned stay as they are.
@@ -196,6 +217,21 @@ impl Cgroup {
         sys::attach_device_program(self.directory.as_fd(), program.as_fd(), previous)
             .context(what)?;
         *attached = Some(program);
+        Ok(())
+    }
+
+    /// Lets a user make groups below it, and move processes between those (Linux, cgroup-v2.rst, "Delegation").
+    pub fn give_to(&self, user: u32) -> Result<(), Error> {
+        let what = || format!("giving {} to user {user}", self.path.display());
+        let list = fs::read_to_string("/sys/kernel/cgroup/delegate").context(what)?;
+        chown(&self.path, Some(user), None).context(what)?;
+        for file in list.lines() {
+            match chown(self.path.join(file), Some(user), None) {
+                // It belongs to a controller that the group has not.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                given => given.context(what)?,
+            }
+        }
         Ok(())
     }
 

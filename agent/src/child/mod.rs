@@ -28,7 +28,7 @@ use std::path::PathBuf;
 
 use oci_spec::runtime::{Hook, LinuxDevice};
 use rustix::fs::{Gid, Mode, OFlags, Uid};
-use rustix::mount::{MountPropagationFlags, UnmountFlags};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::termios::Winsize;
 
 use crate::error::{Context, Error};
@@ -338,6 +338,16 @@ fn connect(terminal: Option<OwnedFd>, stdio: Option<Stdio>) -> Result<(), Error>
 }
 
 impl Container {
+    /// Whether it has users of its own who see its control group alone, and may write there.
+    pub fn may_divide_its_group(&self) -> bool {
+        use crate::oci::mount::Kind;
+        let own = [sys::CLONE_NEWUSER, sys::CLONE_NEWCGROUP];
+        let writable = |mount: &Mount| {
+            matches!(mount.kind, Kind::Cgroup) && !mount.options.flags.contains(MountFlags::RDONLY)
+        };
+        own.iter().all(|&kind| self.namespaces.has(kind)) && self.mounts.iter().any(writable)
+    }
+
     /// Whether `/dev` is the container's own: a bind mount there brings its own devices.
     fn own_devices(&self) -> bool {
         use crate::oci::mount::Kind;

@@ -36,6 +36,13 @@ fn set(bundle: &mut Bundle, pointer: &str, value: Value) {
     bundle.config.pointer_mut(parent).unwrap()[field] = value;
 }
 
+/// Mounts the control groups such that they can be written to.
+fn let_groups_be_written(bundle: &mut Bundle) {
+    let mut mounts = bundle.config["mounts"].as_array_mut().unwrap().iter_mut();
+    let groups = mounts.find(|mount| mount["type"] == "cgroup").unwrap();
+    groups["options"] = json!(["nosuid", "noexec", "nodev"]);
+}
+
 #[test]
 fn a_process_has_its_user_and_its_limits() {
     let world = World::new().unwrap();
@@ -331,7 +338,7 @@ fn a_user_namespace_has_its_users() {
     let world = World::new().unwrap();
     let script = "id -u; cat /proc/self/uid_map /proc/self/gid_map; touch /tmp/x; stat -c '%n %u:%g' / /tmp/x /etc/passwd /dev/null /sys /proc
         echo >/dev/null && head -c 3 /dev/zero | wc -c; hostname; cat /proc/self/cgroup; httpd -p 80 && echo bound; ls /dev/mqueue /sys/class/net; su user -c 'id -u'; ulimit -l; ulimit -Hl";
-    both(&world, script, |bundle| {
+    let with_users = |bundle: &mut Bundle| {
         let all = std::process::Command::new("chown")
             .args(["-R", "-h", "100000:200000"])
             .arg(bundle.root())
@@ -351,7 +358,18 @@ fn a_user_namespace_has_its_users() {
             "/process/rlimits",
             json!({"type": "RLIMIT_MEMLOCK", "soft": u64::MAX, "hard": u64::MAX}),
         );
+    };
+    both(&world, script, with_users);
+    // runc does so only where systemd has made the group.
+    let script = "mkdir /sys/fs/cgroup/below; cd /sys/fs/cgroup; stat -c '%n %u:%g' . cgroup.procs cgroup.max.depth";
+    let text = bulkhead(&world, script, |bundle| {
+        with_users(bundle);
+        let_groups_be_written(bundle);
     });
+    assert_eq!(
+        text,
+        ". 0:65534\ncgroup.procs 0:65534\ncgroup.max.depth 65534:65534\n"
+    );
     world.finish().unwrap();
 }
 
@@ -513,6 +531,28 @@ fn statistics_are_those_of_the_container() {
             .unwrap()
     });
     assert!(ours > 0 && ours < 100 * runcs, "{ours} {runcs}");
+    world.finish().unwrap();
+}
+
+#[test]
+fn an_exec_joins_a_container_that_has_groups_of_its_own() {
+    let world = World::new().unwrap();
+    let [ours, runcs] = [Runtime::Bulkhead, Runtime::Runc].map(|runtime| {
+        let mut bundle = Bundle::new(&world.site().directory, "exec sleep 1000").unwrap();
+        let_groups_be_written(&mut bundle);
+        let running = world.start_bundle(runtime, &bundle).unwrap();
+        // As systemd does: no process stays where the controllers are given away. (cat is gone by then.)
+        let divide = "cd /sys/fs/cgroup; mkdir init; for p in $(cat cgroup.procs); do echo $p >init/cgroup.procs; done 2>/dev/null; \
+            echo +pids >cgroup.subtree_control; cat cgroup.subtree_control; cat /proc/self/cgroup";
+        let texts = [divide, "cat /proc/self/cgroup"].map(|script| {
+            let output = running.exec(&["sh", "-c", script]).output().unwrap();
+            output.success().unwrap()
+        });
+        running.delete().unwrap();
+        texts
+    });
+    assert_eq!(ours, runcs);
+    assert_eq!(ours, ["pids\n0::/init\n", "0::/init\n"]);
     world.finish().unwrap();
 }
 
