@@ -2,7 +2,8 @@
 //!
 //! Tools take a task's number for that of a process: they look at its `/proc/PID/ns/net`, they send it a signal, they wait for its
 //! end. A stand-in is there for them. It is in the network namespace of its container and in the control group of the pod, it lives exactly as
-//! long as what it stands for, and it does nothing but tell the shim of the signals that it is sent.
+//! long as what it stands for, and it does nothing but tell the shim of the signals that it is sent. It sees no files: who takes
+//! `/proc/PID/root` for the container's root, as `nerdctl cp` does, must not read and write the host's.
 //!
 //! It shares the shim's memory and descriptors, so that making one copies nothing, and no file that the shim closes stays open for
 //! its sake. It dies with the shim.
@@ -17,11 +18,16 @@ use std::ptr;
 use std::sync::Arc;
 
 use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::{chdir, pivot_root};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::process::{Signal, getppid, pidfd_send_signal, set_parent_process_death_signal};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space, set_name};
+use rustix::thread::{
+    LinkNameSpaceType, UnshareFlags, move_into_link_name_space, set_name, unshare_unsafe,
+};
 use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::unix::pipe;
 use tokio::signal::unix::{self, SignalKind};
@@ -50,9 +56,13 @@ pub enum Network<'fd> {
 #[derive(Debug)]
 pub struct Signals(pipe::Receiver);
 
-/// How the stand-ins of a shim get their signals, and where they tell of them.
+/// How the stand-ins of a shim get their signals, where they tell of them, and where they are meanwhile.
 #[derive(Debug)]
 pub struct Mailbox {
+    /// A mount namespace without files.
+    nowhere: OwnedFd,
+    /// Counts the stand-ins that have arrived there.
+    arrived: OwnedFd,
     /// Shows whoever reads it the signals that are pending for itself.
     pending: SignalFd,
     writer: OwnedFd,
@@ -68,7 +78,43 @@ pub fn signals() -> io::Result<(Mailbox, Signals)> {
     )?;
     let pending = SignalFd::with_flags(&SigSet::all(), SfdFlags::SFD_CLOEXEC)?;
     let signals = Signals(pipe::Receiver::from_owned_fd_unchecked(reader)?);
-    Ok((Mailbox { pending, writer }, signals))
+    let mailbox = Mailbox {
+        nowhere: nowhere()?,
+        arrived: eventfd(0, EventfdFlags::CLOEXEC)?,
+        pending,
+        writer,
+    };
+    Ok((mailbox, signals))
+}
+
+/// Makes a mount namespace whose root is an empty directory that nobody can write to.
+fn nowhere() -> io::Result<OwnedFd> {
+    // A namespace is left only by entering another, which would take the thread's root and working directory, too.
+    let thread = std::thread::spawn(|| {
+        // SAFETY: of what the threads share, this one gets its own root and working directory, which it alone uses; descriptors stay shared.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
+        let namespace = File::open("/proc/thread-self/ns/mnt")?;
+        let (none, strict) = (
+            None::<&str>,
+            MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+        );
+        // What is unmounted here stays where it is elsewhere.
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+        mount(
+            Some("tmpfs"),
+            "/proc",
+            Some("tmpfs"),
+            strict | MsFlags::MS_RDONLY,
+            none,
+        )?;
+        chdir("/proc")?;
+        pivot_root(".", ".")?;
+        umount2(".", MntFlags::MNT_DETACH)?;
+        Ok(namespace.into())
+    });
+    thread
+        .join()
+        .unwrap_or_else(|_| Err(io::Error::other("a thread has panicked")))
 }
 
 impl Signals {
@@ -141,11 +187,24 @@ impl StandIn {
             Network::New => clone()?,
             Network::Join(target) => in_network(target, clone)??,
         };
-        Ok(Self {
+        let stand_in = Self {
             pid,
             process,
             _own: own,
-        })
+        };
+        stand_in.wait_for_arrival(&mailbox.arrived)?;
+        Ok(stand_in)
+    }
+
+    /// Waits until it has left the host's files, which is before anybody knows its number.
+    fn wait_for_arrival(&self, arrived: &OwnedFd) -> io::Result<()> {
+        let mut either = [arrived, &self.process].map(|file| PollFd::new(file, PollFlags::IN));
+        rustix::io::retry_on_intr(|| poll(&mut either, None))?;
+        if either[0].revents().is_empty() {
+            return Err(io::Error::other("it cannot leave the host's files"));
+        }
+        rustix::io::read(arrived, &mut [0; 8])?;
+        Ok(())
     }
 
     /// Its number.
@@ -239,6 +298,12 @@ extern "C" fn run(own: *mut c_void) -> c_int {
     if set_parent_process_death_signal(Some(Signal::KILL)).is_err() || shim() != Some(own.shim) {
         return 1;
     }
+    let kind = Some(LinkNameSpaceType::Mount);
+    if move_into_link_name_space(own.mailbox.nowhere.as_fd(), kind).is_err()
+        || rustix::io::write(&own.mailbox.arrived, &1u64.to_ne_bytes()).is_err()
+    {
+        return 1;
+    }
     // A process without a name is as good.
     let _ = set_name(&own.name);
     let pid = rustix::process::getpid().as_raw_nonzero().get();
@@ -294,6 +359,16 @@ mod tests {
         let own = link(std::process::id());
         assert_ne!(link(first.pid()), own);
         assert_eq!(link(second.pid()), link(first.pid()));
+        for pid in [first.pid(), second.pid()] {
+            for place in ["root", "cwd"] {
+                let files = fs::read_dir(format!("/proc/{pid}/{place}")).unwrap();
+                assert_eq!(files.count(), 0, "{place}");
+                let new = fs::write(format!("/proc/{pid}/{place}/file"), "");
+                assert_eq!(new.unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
+            }
+            let mounts = fs::read_to_string(format!("/proc/{pid}/mounts")).unwrap();
+            assert_eq!(mounts.lines().count(), 1, "{mounts}");
+        }
         // The caller stays where it was.
         let thread = fs::read_link("/proc/thread-self/ns/net").unwrap();
         assert_eq!(thread.display().to_string(), own);

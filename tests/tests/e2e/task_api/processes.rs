@@ -411,6 +411,11 @@ fn processes_of_the_host(pod: &Pod, id: &str) -> Notes {
     let init = pod.run(id, &["sleep", "1000"]);
     let own = link(std::process::id(), "ns/net");
     notes.push(format!("own network: {}", link(init, "ns/net") != own));
+    let program = format!("/proc/{init}/root/bin/busybox");
+    notes.push(format!("its files: {}", Path::new(&program).exists()));
+    // The host's would be the worst.
+    let sites = format!("/proc/{init}/root{}", pod.peer.path("").display());
+    notes.push(format!("the host's: {}", Path::new(&sites).exists()));
     let cgroup = fs::read_to_string(format!("/proc/{init}/cgroup")).unwrap();
     notes.push(format!("below default: {}", cgroup.contains("::/default/")));
     for (exec, signal) in [("term", Signal::TERM), ("kill", Signal::KILL)] {
