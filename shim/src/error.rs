@@ -151,6 +151,7 @@ impl Error {
                 spec::Error::Json { .. }
                 | spec::Error::HostNetwork
                 | spec::Error::ForeignNamespace(_)
+                | spec::Error::ForeignNetwork(_)
                 | spec::Error::Backing(_),
             )
             | Self::Streams(_) => Code::INVALID_ARGUMENT,

@@ -38,6 +38,10 @@ pub enum Error {
         "linux.namespaces: {} is no namespace of this microVM: a container can share those of its own pod's containers only", .0.display()
     )]
     ForeignNamespace(PathBuf),
+    #[error(
+        "linux.namespaces: {} is not the network of this microVM, which has one only: give the container that of the microVM's first, or none (an entry without a path), or a microVM of its own", .0.display()
+    )]
+    ForeignNetwork(PathBuf),
     #[error(transparent)]
     Backing(#[from] backing::Error),
 }
@@ -145,8 +149,8 @@ impl<'a> Spec<'a> {
 
     /// The text for the guest: without what the host takes care of, and with mounts in the guest's terms: what is bound of the host's files is
     /// at these `places`, in the order of [`Self::binds`]. `owner` says which container a path of the host that stands for a namespace
-    /// belongs to; none if that is the machine. Limits of the host's devices are those of the
-    /// disks that `backing` says lie on them.
+    /// belongs to; none if that is the machine. The network is the machine's, unless the container has its `own_network`. Limits of the
+    /// host's devices are those of the disks that `backing` says lie on them.
     ///
     /// # Errors
     ///
@@ -155,14 +159,16 @@ impl<'a> Spec<'a> {
         &self,
         places: Vec<PathBuf>,
         owner: impl Fn(&Path) -> Result<Option<String>, Error>,
+        own_network: bool,
         backing: &Backing,
     ) -> Result<Vec<u8>, Error> {
         let mut linux = self.linux.clone();
         let mut namespaces: Vec<LinuxNamespace> =
             part(&self.linux, "namespaces")?.unwrap_or_default();
-        // The guest's network is the sandbox's. Namespaces of other kinds that have a path are too, as the agent takes it, unless they are
-        // another container's.
-        namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+        // Without an entry the network is the machine's. Namespaces of other kinds that have a path are too, as the agent takes it, unless
+        // they are another container's.
+        namespaces
+            .retain(|namespace| own_network || namespace.typ() != LinuxNamespaceType::Network);
         for namespace in &mut namespaces {
             let shared = match namespace.typ() {
                 LinuxNamespaceType::Cgroup
@@ -339,6 +345,10 @@ mod tests {
     }
 
     fn guest(config: &Value) -> Result<Value, Error> {
+        guest_in(false, config)
+    }
+
+    fn guest_in(own_network: bool, config: &Value) -> Result<Value, Error> {
         let text = config.to_string();
         let places = vec!["/there".into()];
         let owner = |path: &Path| {
@@ -346,7 +356,7 @@ mod tests {
             Ok(name.strip_prefix("/ns/of/").map(str::to_owned))
         };
         let spec = Spec::parse(text.as_bytes())?;
-        let guest = spec.for_guest(places, owner, &Backing::default())?;
+        let guest = spec.for_guest(places, owner, own_network, &Backing::default())?;
 
         Ok(serde_json::from_slice(&guest).unwrap())
     }
@@ -420,6 +430,16 @@ mod tests {
         assert_eq!(hooks.subject.annotations["a"], "b");
         // They are the host's as they are: the guest does not read them.
         assert!(guest(&config).is_ok());
+    }
+
+    #[test]
+    fn a_network_of_its_own_is_the_guests_business() {
+        let mut config = config();
+        config["linux"]["namespaces"] = json!([{"type": "network"}, {"type": "mount"}]);
+        let own = guest_in(true, &config).unwrap();
+        assert_eq!(own["linux"]["namespaces"], config["linux"]["namespaces"]);
+        let machines = guest(&config).unwrap();
+        assert_eq!(machines["linux"]["namespaces"], json!([{"type": "mount"}]));
     }
 
     #[test]

@@ -24,6 +24,7 @@ use protobuf::MessageField;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
+use network::MachineNetwork;
 pub use service::services;
 
 use crate::affinity::Affinity;
@@ -51,6 +52,8 @@ pub struct Tasks {
     sandbox: Sandbox,
     affinity: Affinity,
     home: Mutex<Home>,
+    /// What the machine has its network from.
+    network: Mutex<MachineNetwork>,
     /// Who tells the guest of changes of its network.
     following: Mutex<Option<JoinHandle<()>>>,
     table: Mutex<Table>,
@@ -138,6 +141,7 @@ impl Tasks {
                 socket,
                 stay: None,
             }),
+            network: Mutex::default(),
             following: Mutex::default(),
             table: Mutex::default(),
             mailbox: Arc::new(mailbox),

@@ -62,15 +62,20 @@ impl Tasks {
         let annotations = spec.annotations()?;
         let kind = Kind::of(&annotations)?;
         let config = load_config(request.options.as_ref(), &bundle)?;
+        if kind == Kind::Member {
+            self.sandbox.machine()?;
+        }
         // What the guest cannot do is refused before there is one.
-        let network = spec.network()?;
+        let network = self.place(spec.network()?.as_deref())?;
         let backing = backing(&config, &request);
         let (for_guest, binds) = match kind {
             Kind::Sandbox => (Vec::new(), Binds::default()),
             Kind::Member | Kind::Single => {
                 let binds = Binds::open(spec.binds()?).map_err(rootfs::Error::from)?;
                 let owner = |path: &Path| self.owner_of_namespace(path);
-                (spec.for_guest(binds.in_guest(), owner, &backing)?, binds)
+                let for_guest =
+                    spec.for_guest(binds.in_guest(), owner, network.is_own, &backing)?;
+                (for_guest, binds)
             }
         };
         let stdio = Stdio {
@@ -80,12 +85,10 @@ impl Tasks {
             terminal: request.terminal,
         };
         let hooks = spec.hooks(&request.id, &request.bundle)?;
-        if kind == Kind::Member {
-            self.sandbox.machine()?;
-        } else {
+        if kind != Kind::Member {
             self.enter_cgroup(&spec.cgroups_path()?)?;
         }
-        let (stand_in, network) = self.stand_in_for_init(&request.id, network.as_deref())?;
+        let (stand_in, namespace) = self.stand_in_for_init(&request.id, &network)?;
         let pid = stand_in.pid();
         let bundled = Bundled {
             request: &request,
@@ -116,7 +119,7 @@ impl Tasks {
             id: request.id.clone(),
             bundle: request.bundle.clone(),
             kind,
-            network: Arc::new(network),
+            network: namespace,
             hooks,
             backing,
             slots,

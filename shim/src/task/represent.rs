@@ -1,12 +1,12 @@
 //! The host's processes that stand for the guest's: making them, and doing what is done to them.
 
-use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
 use containerd_shim_protos::api::KillRequest;
 
+use super::network::Placement;
 use super::{Entry, Tasks, process};
 use crate::annotations::Kind;
 use crate::error::Error;
@@ -14,30 +14,20 @@ use crate::spec;
 use crate::stand_in::{Network, Signals, StandIn, Stops};
 
 impl Tasks {
-    /// A stand-in for a container's first process, in the network namespace at a path or in a new one.
+    /// A stand-in for a container's first process, and the network namespace that it is in.
     pub(super) fn stand_in_for_init(
         &self,
         id: &str,
-        network: Option<&Path>,
-    ) -> Result<(StandIn, OwnedFd), Error> {
-        let joined = network.map(|path| {
-            File::open(path).map_err(|source| Error::Io {
-                operation: "open the network namespace",
-                path: path.to_owned(),
-                source,
-            })
-        });
-        match joined.transpose()? {
-            Some(network) => {
-                let stand_in = self.stand_in(id, Network::Join(network.as_fd()))?;
-                Ok((stand_in, network.into()))
-            }
-            None => {
-                let stand_in = self.stand_in(id, Network::New)?;
-                let network = stand_in.network().map_err(Error::StandIn)?;
-                Ok((stand_in, network))
-            }
+        network: &Placement<'_>,
+    ) -> Result<(StandIn, Arc<OwnedFd>), Error> {
+        if let Some(namespace) = &network.namespace {
+            let stand_in = self.stand_in(id, Network::Join(namespace.as_fd()))?;
+            return Ok((stand_in, Arc::clone(namespace)));
         }
+        let stand_in = self.stand_in(id, Network::New)?;
+        let namespace = Arc::new(stand_in.network().map_err(Error::StandIn)?);
+        network.made(&namespace);
+        Ok((stand_in, namespace))
     }
 
     /// A stand-in.

@@ -299,6 +299,12 @@ impl Task for Agent {
                 "exec: \"missing\": executable file not found in $PATH",
             ));
         }
+        // Whether it is in the network that its arguments say.
+        let namespaces = spec["linux"]["namespaces"].as_array().unwrap();
+        let own = namespaces.iter().any(|entry| entry["type"] == "network");
+        if own && args[1] == "machine's-network" || !own && args[1] == "own-network" {
+            return Err(not_found("it is in another network"));
+        }
         if args[0] == "slow" {
             // Not before the host has read it.
             let mut stdout = self.0.stream(&request.stdout).await.unwrap();

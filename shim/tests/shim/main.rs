@@ -12,7 +12,7 @@ mod harness;
 use std::fs;
 use std::future::Future;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -238,22 +238,43 @@ async fn processes_of_the_host_stand_for_those_of_the_guest() {
 async fn a_container_is_in_the_network_that_it_names() {
     let host = Host::new().await;
     let other = StandInNetwork::new();
-    let bundle = host.bundle("c1", &["wait"], json!({}));
-    let path = bundle.join("config.json");
-    let mut config: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-    config["linux"]["namespaces"][2]["path"] = json!(other.path());
-    std::fs::write(&path, config.to_string()).unwrap();
-    let shim = host.shim(&bundle).await;
-    let request = host.create_request(&bundle);
-    let pid = shim.task.create(context(), &request).await.unwrap().pid;
+    let bundle = |id, sees, network: Option<&str>| {
+        let bundle = host.bundle(id, &["wait", sees], json!({}));
+        let path = bundle.join("config.json");
+        let mut config: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        if let Some(network) = network {
+            config["linux"]["namespaces"][2]["path"] = json!(network);
+        }
+        std::fs::write(&path, config.to_string()).unwrap();
+        bundle
+    };
+    let first = bundle("c1", "machine's-network", Some(&other.path()));
+    let shim = host.shim(&first).await;
+    let create = async |bundle: PathBuf| {
+        let request = host.create_request(&bundle);
+        let created = shim.task.create(context(), &request).await;
+        created.map(|created| format!("/proc/{}/ns/net", created.pid))
+    };
     let link = |path: &str| std::fs::read_link(path).unwrap();
-    assert_eq!(link(&format!("/proc/{pid}/ns/net")), link(&other.path()));
-    shim.delete("c1", "").await.unwrap();
-    config["linux"]["namespaces"][2]["path"] = json!("/no/such/network");
-    std::fs::write(&path, config.to_string()).unwrap();
-    let error = shim.task.create(context(), &request).await.unwrap_err();
+    let process = create(first).await.unwrap();
+    assert_eq!(link(&process), link(&other.path()));
+    // Those who come later may be in it too, by another name, or in one of their own, but in no third.
+    let same = bundle("c2", "machine's-network", Some(&process));
+    assert_eq!(link(&create(same).await.unwrap()), link(&process));
+    let own = create(bundle("c3", "own-network", None)).await.unwrap();
+    assert_ne!(link(&own), link(&process));
+    for third in [own, "/proc/self/ns/net".into()] {
+        let error = create(bundle("c4", "", Some(&third))).await.unwrap_err();
+        assert_eq!(code(&error), Code::INVALID_ARGUMENT);
+        assert!(text(&error).contains(&third), "{error}");
+    }
+    let none = bundle("c4", "", Some("/no/such/network"));
+    let error = create(none).await.unwrap_err();
     assert!(text(&error).contains("/no/such/network"), "{error}");
+    for id in ["c1", "c2", "c3"] {
+        shim.delete(id, "").await.unwrap();
+    }
     shim.shut_down().await;
     assert_eq!(host.remains(), [""; 0]);
 }

@@ -8,6 +8,7 @@ mod differences;
 mod disks;
 mod errors;
 mod lifecycle;
+mod networks;
 mod processes;
 mod promptness;
 mod publisher;

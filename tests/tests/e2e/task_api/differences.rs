@@ -53,6 +53,12 @@ pub const DIFFERENCES: &[Difference] = &[
         reason: "runc's shim tells nothing of the network where control groups are of version 2",
     },
     Difference {
+        behaviour: "networks",
+        runc: "another's: lo 0x9 1024",
+        bulkhead: "another's: INVALID_ARGUMENT",
+        reason: "a machine has one network, and whoever asks for another one's is told so",
+    },
+    Difference {
         behaviour: "updates",
         runc: "100663296 8388608 max max 39 30000 100000 30",
         bulkhead: "100663296 8388608 max max 39 30000 50000 30",

@@ -454,21 +454,29 @@ fn processes_of_the_host(pod: &Pod, id: &str) -> Notes {
     notes
 }
 
+/// A pod whose network has no name but that of its first process.
 fn network_by_path(pod: &Pod, id: &str) -> Notes {
     let mut notes = Notes::new();
+    let call = |command: &mut Command| assert!(command.status().unwrap().success());
+    let sandbox = pod.shim.state(&pod.sandbox.id, "").unwrap().pid;
+    let process = format!("/proc/{sandbox}/ns/net");
     let path = pod.peer.path("network");
     fs::write(&path, "").unwrap();
-    let call = |command: &mut Command| assert!(command.status().unwrap().success());
-    let option = format!("--net={}", path.display());
-    call(Command::new("unshare").args([option.as_str(), "true"]));
+    call(Command::new("mount").args(["--bind", &process]).arg(&path));
     let kind = Kind::Member(&pod.sandbox.id);
-    let change = |config: &mut Value| {
-        config["linux"]["namespaces"][2]["path"] = json!(path);
+    let in_network = |id: &str, path: Option<&Path>, setting: Option<&str>| {
+        let change = |config: &mut Value| {
+            if let Some(path) = path {
+                config["linux"]["namespaces"][2]["path"] = json!(path);
+            }
+            if let Some(value) = setting {
+                config["linux"]["sysctl"] = json!({"net.ipv4.ip_unprivileged_port_start": value});
+            }
+        };
+        let bundle = pod.peer.bundle(id, kind, &["sleep", "1000"], change);
+        bundle.unwrap()
     };
-    let bundle = pod
-        .peer
-        .bundle(id, kind, &["sleep", "1000"], change)
-        .unwrap();
+    let bundle = in_network(id, Some(&path), Some("7"));
     let pid = pod.shim.create(&bundle, &Paths::default()).unwrap();
     pod.shim.start(id, "").unwrap();
     let inode = fs::metadata(&path).unwrap().ino();
@@ -476,6 +484,24 @@ fn network_by_path(pod: &Pod, id: &str) -> Notes {
         "joins: {}",
         link(pid, "ns/net") == format!("net:[{inode}]")
     ));
+    // The setting is the pod's now, and not that of one who has a network of its own.
+    for path in [Some(Path::new(&process)), None] {
+        let id = format!("{id}-beside");
+        let bundle = in_network(&id, path, None);
+        let pid = pod.shim.create(&bundle, &Paths::default()).unwrap();
+        pod.shim.start(&id, "").unwrap();
+        notes.push(format!(
+            "joins: {}, sees {}",
+            link(pid, "ns/net") == format!("net:[{inode}]"),
+            pod.say(
+                &id,
+                "echo $(ls /sys/class/net) $(cat /proc/sys/net/ipv4/ip_unprivileged_port_start)"
+            )
+            .trim_end()
+        ));
+        pod.remove(&id);
+        pod.events(&id, "delete");
+    }
     pod.remove(id);
     call(Command::new("umount").arg(&path));
     // A file is no network.
