@@ -45,6 +45,8 @@ pub struct Container {
     pub adding: HashSet<String>,
     /// Whether all output of its processes, which have ended, is delivered or given up.
     pub drained: bool,
+    /// Whether it was killed, and had not ended when the time for that was over.
+    pub overdue: bool,
     /// When containerd was last told that it wants memory.
     pub last_oom: Option<Instant>,
 }
@@ -219,7 +221,7 @@ fn tell_end(container_id: &str, id: &str, process: &mut Process, events: &Publis
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use protobuf::Message;
 
     use super::*;
@@ -227,7 +229,7 @@ mod tests {
     use crate::streams::Stdio;
 
     /// A running container with execs in the phase `Running`, and its events so far taken.
-    fn container(execs: &[&str]) -> (Container, Publisher) {
+    pub(crate) fn container(execs: &[&str]) -> (Container, Publisher) {
         let events = Publisher::to_nobody();
         let process = || {
             let mut process = Process::new(Stdio::default(), None);
@@ -246,6 +248,7 @@ mod tests {
             execs: HashMap::new(),
             adding: HashSet::new(),
             drained: false,
+            overdue: false,
             last_oom: None,
         };
         for id in [""].iter().chain(execs) {

@@ -91,6 +91,23 @@ enum Entry {
     Ready(Box<Container>),
 }
 
+impl Entry {
+    /// Whether it has no use for the machine any more: nothing of it is to run, and nothing is still to be delivered.
+    fn is_over(&self) -> bool {
+        match self {
+            Self::Creating => false,
+            Self::Ready(container) => match container.init.phase {
+                Phase::Stopped => container.drained,
+                Phase::Created
+                | Phase::Starting
+                | Phase::Running
+                | Phase::Pausing
+                | Phase::Paused => container.overdue,
+            },
+        }
+    }
+}
+
 /// The place of a container that is being created; it is free again if this is dropped.
 #[derive(Debug)]
 struct Reservation<'a> {
@@ -317,15 +334,12 @@ impl Tasks {
         self.end_if_idle();
     }
 
-    /// Ends the machine when nothing runs in it or is about to, and nothing in it is still to be delivered. A pod's sandbox runs until it is killed.
+    /// Ends the machine when nobody has a use for it. A pod's sandbox has until it is killed.
     fn end_if_idle(self: &Arc<Self>) {
         if !self.sandbox.exists() {
             return;
         }
-        let idle = self.table().entries.values().all(|entry| match entry {
-            Entry::Creating => false,
-            Entry::Ready(container) => container.init.phase == Phase::Stopped && container.drained,
-        });
+        let idle = self.table().entries.values().all(Entry::is_over);
         if idle {
             self.end_machine();
         }
@@ -414,5 +428,34 @@ fn status(phase: Phase) -> Status {
         Phase::Pausing => Status::PAUSING,
         Phase::Paused => Status::PAUSED,
         Phase::Stopped => Status::STOPPED,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::container::tests::container;
+
+    #[test]
+    fn a_machine_is_of_use_until_its_containers_have_ended_or_should_have() {
+        let entry = |change: fn(&mut Container)| {
+            let (mut container, _) = container(&[]);
+            change(&mut container);
+            Entry::Ready(Box::new(container))
+        };
+        assert!(!Entry::Creating.is_over());
+        assert!(!entry(|_| {}).is_over());
+        assert!(entry(|container| container.overdue = true).is_over());
+        let stopped = entry(|container| {
+            container.init.phase = Phase::Stopped;
+            // What it has written is worth waiting for, however late it has ended.
+            container.overdue = true;
+        });
+        assert!(!stopped.is_over());
+        let over = entry(|container| {
+            container.init.phase = Phase::Stopped;
+            container.drained = true;
+        });
+        assert!(over.is_over());
     }
 }

@@ -127,6 +127,7 @@ impl Tasks {
             execs: HashMap::new(),
             adding: HashSet::new(),
             drained: false,
+            overdue: false,
             last_oom: None,
         };
         let id = request.id.clone();

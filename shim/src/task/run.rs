@@ -220,16 +220,24 @@ impl Tasks {
         Ok(())
     }
 
-    /// Sees to it that a killed container with a machine to itself ends, whatever the guest does.
+    /// Sees to it that a killed container with a machine to itself ends, whatever the guest does: with the machine, as soon as nobody
+    /// else has a use for that.
     fn insist(self: &Arc<Self>, id: &str) -> Result<(), Error> {
         let ended = self.with(id, |container| Ok(container.init.ended()))?;
-        let tasks = Arc::clone(self);
+        let (tasks, id) = (Arc::clone(self), id.to_owned());
         tokio::spawn(async move {
-            if tokio::time::timeout(KILL_PATIENCE, ended).await.is_err() {
+            if tokio::time::timeout(KILL_PATIENCE, ended).await.is_ok() {
+                return;
+            }
+            let noted = tasks.with(&id, |container| {
+                container.overdue = true;
+                Ok(())
+            });
+            if noted.is_ok() {
                 log::error!(
-                    "a killed container is still there after {KILL_PATIENCE:?}: its machine ends"
+                    "container {id:?}, which was killed, is still there after {KILL_PATIENCE:?}: its machine ends unless others are in it"
                 );
-                tasks.sandbox.stop().await;
+                tasks.end_if_idle();
             }
         });
         Ok(())
