@@ -225,7 +225,7 @@ impl Agent {
             channel.go_on()?;
             (channel, starting)
         } else {
-            container.must_run("exec in")?;
+            container.admits_execs()?;
             let starting = process.start_added()?;
             let made = self.make_exec(&container, &process);
             (made.inspect_err(|_| process.never_was())?, starting)

@@ -86,7 +86,7 @@ impl Container {
     /// Adds an exec.
     pub fn add(&self, process: Arc<Process>) -> Result<(), Error> {
         let mut state = self.state();
-        self.require_running(&state, "exec in")?;
+        self.check_admits(&state)?;
         match state.execs.entry(process.exec_id.clone()) {
             std::collections::hash_map::Entry::Occupied(_) => Err(Error::AlreadyExists(format!(
                 "process {:?} exists already in container {:?}",
@@ -99,21 +99,21 @@ impl Container {
         }
     }
 
-    /// Fails unless its init runs and is not paused.
-    pub fn must_run(&self, to: &str) -> Result<(), Error> {
-        self.require_running(&self.state(), to)
+    /// Fails unless its init, whose namespaces an exec joins, waits for its start or runs, and is not paused.
+    pub fn admits_execs(&self) -> Result<(), Error> {
+        self.check_admits(&self.state())
     }
 
-    fn require_running(&self, state: &State, to: &str) -> Result<(), Error> {
+    fn check_admits(&self, state: &State) -> Result<(), Error> {
         let is = match (self.init.status(), state.freezer) {
-            (Status::Running, _) if state.ended => "stopped",
-            (Status::Running, Freezer::Thawed) => return Ok(()),
-            (Status::Added | Status::Created, _) => "not started",
-            (Status::Running, Freezer::Freezing | Freezer::Frozen) => "paused",
             (Status::Stopped, _) => "stopped",
+            _ if state.ended => "stopped",
+            (Status::Added, _) => "not created",
+            (Status::Created | Status::Running, Freezer::Thawed) => return Ok(()),
+            (_, Freezer::Freezing | Freezer::Frozen) => "paused",
         };
         Err(Error::FailedPrecondition(format!(
-            "cannot {to} container {:?}: it is {is}",
+            "cannot exec in container {:?}: it is {is}",
             self.built.id
         )))
     }

@@ -107,12 +107,16 @@ pub async fn an_exec_runs_beside_the_init_and_ends_before_it(guest: &Guest) {
         .unwrap();
     let mut exec = guest.streams(false);
     let echo = process(&["sh", "-c", "echo $$ $(hostname); exit 3"]);
-    // Only a running container has execs.
-    let mut refused = guest.streams(false);
-    let early = guest.exec("beside", "e", &echo, &refused, false).await;
-    assert_eq!(status(early).0, Code::FAILED_PRECONDITION);
-    // Nothing keeps them open.
-    assert_eq!(all(refused.output.take()), "");
+    // The init waits for its start, but its namespaces are there.
+    let mut early = guest.streams(false);
+    guest
+        .exec("beside", "e", &echo, &early, false)
+        .await
+        .unwrap();
+    guest.start("beside", "e").await.unwrap();
+    assert_eq!(guest.wait("beside", "e").await.unwrap(), 3);
+    assert_eq!(all(early.output.take()), "2 inside\n");
+    guest.delete("beside", "e").await.unwrap();
     guest.start("beside", "").await.unwrap();
     guest
         .exec("beside", "e", &echo, &exec, false)
@@ -121,12 +125,14 @@ pub async fn an_exec_runs_beside_the_init_and_ends_before_it(guest: &Guest) {
     let mut refused = guest.streams(false);
     let twice = guest.exec("beside", "e", &echo, &refused, false).await;
     assert_eq!(status(twice).0, Code::ALREADY_EXISTS);
+    // Nothing keeps them open.
     assert_eq!(all(refused.output.take()), "");
     let unstarted = guest.kill("beside", "e", libc::SIGTERM, false).await;
     assert_eq!(status(unstarted).0, Code::FAILED_PRECONDITION);
     guest.start("beside", "e").await.unwrap();
     assert_eq!(guest.wait("beside", "e").await.unwrap(), 3);
-    assert_eq!(all(exec.output.take()), "2 inside\n");
+    // The early one had two.
+    assert_eq!(all(exec.output.take()), "4 inside\n");
     assert_eq!(guest.delete("beside", "e").await.unwrap().exit_status, 3);
 
     let missing = guest.streams(false);
@@ -159,6 +165,46 @@ pub async fn an_exec_runs_beside_the_init_and_ends_before_it(guest: &Guest) {
     });
     assert_eq!((first.unwrap(), then.0.unwrap(), then.1), (137, 137, 137));
     guest.delete("beside", "").await.unwrap();
+}
+
+pub async fn execs_end_with_an_init_that_was_never_started(guest: &Guest) {
+    let root = [bind(&guest.root())];
+    let sleep = spec(&["sleep", "1000"]);
+    for kill in [false, true] {
+        let streams = guest.streams(false);
+        guest
+            .create("waiting", &sleep, &root, &streams, false)
+            .await
+            .unwrap();
+        let streams = guest.streams(false);
+        guest
+            .exec(
+                "waiting",
+                "e",
+                &process(&["sleep", "1000"]),
+                &streams,
+                false,
+            )
+            .await
+            .unwrap();
+        guest.start("waiting", "e").await.unwrap();
+        if kill {
+            guest
+                .kill("waiting", "", libc::SIGKILL, false)
+                .await
+                .unwrap();
+            assert_eq!(guest.wait("waiting", "").await.unwrap(), 137);
+            let exec = guest.state("waiting", "e").await.unwrap();
+            assert_eq!(exec.exit_status, 137);
+            let late = guest.streams(false);
+            let late = guest
+                .exec("waiting", "l", &process(&["true"]), &late, false)
+                .await;
+            assert_eq!(status(late).0, Code::FAILED_PRECONDITION);
+        }
+        // Its control group could not go if anything of it were left.
+        guest.delete("waiting", "").await.unwrap();
+    }
 }
 
 /// The last test: the connection of the others is gone after it.

@@ -95,6 +95,7 @@ tests! {
         input_reaches_the_program_and_ends
         a_container_is_killed
         an_exec_runs_beside_the_init_and_ends_before_it
+        execs_end_with_an_init_that_was_never_started
         the_agent_connects_again;
 }
 

@@ -285,10 +285,14 @@ impl Tasks {
                     "a process in the sandbox of a pod, which has no files,",
                 ));
             }
-            if container.init.phase != Phase::Running || container.init_has_ended() {
+            let phase = match container.init_has_ended() {
+                true => Phase::Stopped,
+                false => container.init.phase,
+            };
+            if let Phase::Pausing | Phase::Paused | Phase::Stopped = phase {
                 return Err(Error::Phase {
                     operation: "add a process next to",
-                    phase: container.init.phase,
+                    phase,
                 });
             }
             if container.execs.contains_key(&exec_id) || !container.adding.insert(exec_id.clone()) {
@@ -339,7 +343,7 @@ impl Tasks {
         request: &DeleteRequest,
     ) -> Result<DeleteResponse, Error> {
         let (id, exec_id) = (&request.id, &request.exec_id);
-        let (kind, phase, drained, ended) = self.with(id, |container| {
+        let (kind, phase, mut drained, ended) = self.with(id, |container| {
             let drained = match exec_id.as_str() {
                 "" => Box::pin(drained(container)) as Drained,
                 _ => Box::pin(drained_process(process(container, exec_id)?)),
@@ -360,7 +364,10 @@ impl Tasks {
         })?;
         // A process that was never started has no output, though its streams are open.
         if phase == Phase::Stopped {
-            if tokio::time::timeout(DRAIN_PATIENCE, drained).await.is_err() {
+            if tokio::time::timeout(DRAIN_PATIENCE, &mut drained)
+                .await
+                .is_err()
+            {
                 log::warn!(
                     "output of {id:?} {exec_id:?} is lost: for {DRAIN_PATIENCE:?} nobody read it"
                 );
@@ -381,7 +388,12 @@ impl Tasks {
         // What was never started has ended well, but its first process was there, and its end is told before the deletion.
         let never_started = phase == Phase::Created;
         if never_started && exec_id.is_empty() && kind != Kind::Sandbox {
-            let told = tokio::time::timeout(DRAIN_PATIENCE, ended).await;
+            let told = async {
+                ended.await;
+                // What has run beside it may have said something.
+                drained.await;
+            };
+            let told = tokio::time::timeout(DRAIN_PATIENCE, told).await;
             log::debug!("the end of {id:?} is known: {}", told.is_ok());
         }
         if exec_id.is_empty() {
@@ -439,10 +451,11 @@ impl Tasks {
 
 type Drained = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Waits until all output of a container's processes is delivered.
+/// Waits until all output of a container's processes is delivered, but for those that have not run.
 fn drained(container: &Container) -> impl Future<Output = ()> + Send + use<> {
     let processes = std::iter::once(&container.init).chain(container.execs.values());
-    let drained: Vec<_> = processes.map(drained_process).collect();
+    let have_run = processes.filter(|process| process.phase != Phase::Created);
+    let drained: Vec<_> = have_run.map(drained_process).collect();
     async move {
         for process in drained {
             process.await;

@@ -24,6 +24,7 @@ fn processes_join_containers_as_under_runc() {
         ("two_at_once", two_at_once),
         ("exec_of_a_missing_program", exec_of_a_missing_program),
         ("exec_that_cannot_be_made", exec_that_cannot_be_made),
+        ("exec_before_the_start", exec_before_the_start),
         ("exec_that_outlives_the_init", exec_that_outlives_the_init),
         ("exec_after_the_init", exec_after_the_init),
         ("pids_of_processes", pids_of_processes),
@@ -205,6 +206,34 @@ fn exec_that_cannot_be_made(pod: &Pod, id: &str) -> Notes {
             code(&shim.delete(id, exec))
         ));
     }
+    pod.remove(id);
+    notes.push(pod.events(id, "delete"));
+    notes
+}
+
+/// The container is there before its program is.
+fn exec_before_the_start(pod: &Pod, id: &str) -> Notes {
+    let mut notes = Notes::new();
+    let shim = &pod.shim;
+    let bundle = pod.member(id, &["sleep", "1000"]);
+    shim.create(&bundle, &Paths::default()).unwrap();
+    let streams = pod.peer.streams(id, None).unwrap();
+    let program = ["sh", "-c", "ls -d /proc/1 /etc/passwd; exit 3"];
+    let exec = shim.exec(id, "x", &program, &streams.paths);
+    notes.push(format!("exec: {}", code(&exec)));
+    notes.push(format!("start: {}", code(&shim.start(id, "x"))));
+    notes.push(format!("wait: {}", shim.wait(id, "x").unwrap().exit_status));
+    notes.push(format!("init: {}", shim.status(id, "")));
+    notes.push(format!("delete: {}", code(&shim.delete(id, "x"))));
+    notes.push(streams.stdout.text().unwrap());
+    let nothing = Paths::default();
+    shim.exec(id, "y", &["sleep", "1000"], &nothing).unwrap();
+    shim.start(id, "y").unwrap();
+    notes.push(format!("start init: {}", code(&shim.start(id, ""))));
+    notes.push(format!("y: {}", shim.status(id, "y")));
+    shim.kill(id, "y", SIGKILL, false).unwrap();
+    notes.push(format!("wait: {}", shim.wait(id, "y").unwrap().exit_status));
+    shim.delete(id, "y").unwrap();
     pod.remove(id);
     notes.push(pod.events(id, "delete"));
     notes
