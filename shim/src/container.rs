@@ -19,6 +19,7 @@ use crate::backing::Backing;
 use crate::events::Publisher;
 use crate::hooks::Hooks;
 use crate::process::{Change, Exit, Phase, Process};
+use crate::spec::Sysctls;
 
 /// A container.
 #[derive(Debug)]
@@ -31,6 +32,8 @@ pub struct Container {
     pub kind: Kind,
     /// The network namespace on the host that its processes are in.
     pub network: Arc<OwnedFd>,
+    /// Settings of interfaces that are there only when it starts.
+    pub late_sysctls: Sysctls,
     /// The programs of the host that want to know of its start and its end.
     pub hooks: Hooks,
     /// Where its disks are on the host.
@@ -241,6 +244,7 @@ pub(crate) mod tests {
             bundle: "/b".into(),
             kind: Kind::Single,
             network: Arc::new(std::fs::File::open("/dev/null").unwrap().into()),
+            late_sysctls: HashMap::new(),
             hooks: Hooks::default(),
             backing: Backing::default(),
             slots: Vec::new(),

@@ -20,6 +20,9 @@ use crate::hooks::{Hooks, Stage, Subject};
 use crate::rootfs::binds::Bind;
 
 use resources::guest_resources;
+
+/// Settings of the kernel and their values (`linux.sysctl`).
+pub type Sysctls = HashMap<String, String>;
 pub use resources::{resources, resources_for_guest};
 
 /// Why a container's specification cannot be carried out.
@@ -90,9 +93,13 @@ impl<'a> Spec<'a> {
         Ok(part(&self.linux, "cgroupsPath")?.unwrap_or_default())
     }
 
-    /// The settings of the kernel; empty if there are none.
-    pub fn sysctls(&self) -> Result<HashMap<String, String>, Error> {
-        Ok(part(&self.linux, "sysctl")?.unwrap_or_default())
+    /// The settings of the kernel, and those among them that wait until there is a network: if it `comes_later`, those of its interfaces.
+    pub fn sysctls(&self, comes_later: bool) -> Result<[Sysctls; 2], Error> {
+        let all: Sysctls = part(&self.linux, "sysctl")?.unwrap_or_default();
+        let (late, now) = all
+            .into_iter()
+            .partition(|(key, _)| comes_later && is_of_interface(key));
+        Ok([now, late])
     }
 
     /// The limits.
@@ -149,8 +156,8 @@ impl<'a> Spec<'a> {
 
     /// The text for the guest: without what the host takes care of, and with mounts in the guest's terms: what is bound of the host's files is
     /// at these `places`, in the order of [`Self::binds`]. `owner` says which container a path of the host that stands for a namespace
-    /// belongs to; none if that is the machine. The network is the machine's, unless the container has its `own_network`. Limits of the
-    /// host's devices are those of the disks that `backing` says lie on them.
+    /// belongs to; none if that is the machine. The network is the machine's, unless the container has its `own_network`. The kernel's
+    /// settings are these. Limits of the host's devices are those of the disks that `backing` says lie on them.
     ///
     /// # Errors
     ///
@@ -160,9 +167,11 @@ impl<'a> Spec<'a> {
         places: Vec<PathBuf>,
         owner: impl Fn(&Path) -> Result<Option<String>, Error>,
         own_network: bool,
+        sysctls: &Sysctls,
         backing: &Backing,
     ) -> Result<Vec<u8>, Error> {
         let mut linux = self.linux.clone();
+        linux.insert("sysctl".into(), to_text("sysctl", sysctls)?);
         let mut namespaces: Vec<LinuxNamespace> =
             part(&self.linux, "namespaces")?.unwrap_or_default();
         // Without an entry the network is the machine's. Namespaces of other kinds that have a path are too, as the agent takes it, unless
@@ -209,6 +218,14 @@ impl<'a> Spec<'a> {
         }
         serde_json::to_vec(&fields).map_err(json_error("config.json"))
     }
+}
+
+/// Whether a setting is one of a single network interface, which comes and goes with it (Linux, ip-sysctl.rst). Dots separate unless there
+/// are slashes.
+fn is_of_interface(key: &str) -> bool {
+    let separator = if key.contains('/') { '/' } else { '.' };
+    let parts: Vec<&str> = key.split(separator).collect();
+    matches!(parts[..], ["net", _, "conf" | "neigh", name, ..] if !["all", "default", "lo"].contains(&name))
 }
 
 /// The text of an exec's process for the guest.
@@ -356,7 +373,8 @@ mod tests {
             Ok(name.strip_prefix("/ns/of/").map(str::to_owned))
         };
         let spec = Spec::parse(text.as_bytes())?;
-        let guest = spec.for_guest(places, owner, own_network, &Backing::default())?;
+        let [sysctls, _] = spec.sysctls(!own_network)?;
+        let guest = spec.for_guest(places, owner, own_network, &sysctls, &Backing::default())?;
 
         Ok(serde_json::from_slice(&guest).unwrap())
     }
@@ -369,7 +387,8 @@ mod tests {
         assert_eq!(spec.annotations().unwrap()["a"], "b");
         assert_eq!(spec.root().unwrap().path(), Path::new("rootfs"));
         assert!(spec.resources().unwrap().is_none());
-        assert_eq!(spec.sysctls().unwrap()["kernel.msgmax"], "1");
+        let [now, late] = spec.sysctls(true).unwrap();
+        assert_eq!((now["kernel.msgmax"].as_str(), late.len()), ("1", 0));
         assert_eq!(spec.cgroups_path().unwrap(), "/default/c1");
         let empty = Spec::parse(b"{}").unwrap();
         assert!(empty.annotations().unwrap().is_empty() && empty.hostname().unwrap().is_empty());
@@ -430,6 +449,24 @@ mod tests {
         assert_eq!(hooks.subject.annotations["a"], "b");
         // They are the host's as they are: the guest does not read them.
         assert!(guest(&config).is_ok());
+    }
+
+    #[test]
+    fn settings_of_interfaces_wait_for_them() {
+        let mut config = config();
+        let early = json!({"net.ipv4.conf.all.tag": "1", "net/ipv4/neigh/lo/retrans_time_ms": "2", "net.core.somaxconn": "3"});
+        let late = json!({"net.ipv4.conf.eth0.tag": "4", "net/ipv6/conf/eth0.1/mtu": "1400"});
+        let mut all = early.clone();
+        all.as_object_mut()
+            .unwrap()
+            .extend(late.as_object().unwrap().clone());
+        config["linux"]["sysctl"] = all.clone();
+        let text = config.to_string();
+        let spec = Spec::parse(text.as_bytes()).unwrap();
+        assert_eq!(json!(spec.sysctls(true).unwrap()), json!([early, late]));
+        assert_eq!(json!(spec.sysctls(false).unwrap()), json!([all, {}]));
+        assert_eq!(guest(&config).unwrap()["linux"]["sysctl"], early);
+        assert_eq!(guest_in(true, &config).unwrap()["linux"]["sysctl"], all);
     }
 
     #[test]

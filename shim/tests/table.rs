@@ -35,7 +35,9 @@ fn what_is_the_hosts_is_done_there() {
     let text = sample.to_string();
     let spec = Spec::parse(text.as_bytes()).unwrap();
     let owner = |path: &Path| Ok((path == Path::new("/proc/7/ns/pid")).then(|| "c7".to_owned()));
-    let guest = spec.for_guest(vec!["/there".into()], owner, false, &Backing::default());
+    let [sysctls, _] = spec.sysctls(false).unwrap();
+    let places = vec!["/there".into()];
+    let guest = spec.for_guest(places, owner, false, &sysctls, &Backing::default());
     let guest: Value = serde_json::from_slice(&guest.unwrap()).unwrap();
     let hooks = spec.hooks("c", "/bundle").unwrap();
 

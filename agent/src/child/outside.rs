@@ -127,5 +127,6 @@ fn prepare(container: &Container, channel: &Child) -> Result<(), Error> {
 /// Makes a setting below `/proc/sys`.
 pub fn set(path: &str, value: &str) -> Result<(), Error> {
     let path = Path::new("/proc/sys").join(path);
-    fs::write(&path, value).context(|| format!("setting {} to {value:?}", path.display()))
+    fs::write(&path, value)
+        .context(|| format!("linux.sysctl: setting {} to {value:?}", path.display()))
 }

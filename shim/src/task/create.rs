@@ -31,7 +31,7 @@ use crate::process::Process;
 use crate::rootfs::binds::Binds;
 use crate::rootfs::{self, Mounts, Rootfs};
 use crate::sizing::{self, Host};
-use crate::spec::Spec;
+use crate::spec::{Spec, Sysctls};
 use crate::state::{ProcessId, State, release_poststop};
 use crate::streams::{Ends, Stdio, Streams};
 
@@ -42,6 +42,7 @@ struct Bundled<'a> {
     spec: &'a Spec<'a>,
     annotations: &'a HashMap<String, String>,
     for_guest: Vec<u8>,
+    sysctls: Sysctls,
     binds: Binds,
 }
 
@@ -67,6 +68,8 @@ impl Tasks {
         }
         // What the guest cannot do is refused before there is one.
         let network = self.place(spec.network()?.as_deref())?;
+        let comes_later = kind != Kind::Member && !network.is_own;
+        let [sysctls, late_sysctls] = spec.sysctls(comes_later)?;
         let backing = backing(&config, &request);
         let (for_guest, binds) = match kind {
             Kind::Sandbox => (Vec::new(), Binds::default()),
@@ -74,7 +77,7 @@ impl Tasks {
                 let binds = Binds::open(spec.binds()?).map_err(rootfs::Error::from)?;
                 let owner = |path: &Path| self.owner_of_namespace(path);
                 let for_guest =
-                    spec.for_guest(binds.in_guest(), owner, network.is_own, &backing)?;
+                    spec.for_guest(binds.in_guest(), owner, network.is_own, &sysctls, &backing)?;
                 (for_guest, binds)
             }
         };
@@ -96,6 +99,7 @@ impl Tasks {
             spec: &spec,
             annotations: &annotations,
             for_guest,
+            sysctls,
             binds,
         };
         release_poststop(&bundle);
@@ -120,6 +124,7 @@ impl Tasks {
             bundle: request.bundle.clone(),
             kind,
             network: namespace,
+            late_sysctls,
             hooks,
             backing,
             slots,
@@ -156,12 +161,13 @@ impl Tasks {
             spec,
             annotations,
             for_guest,
+            sysctls,
             binds,
         } = bundled;
         if kind == Kind::Sandbox {
             self.boot(config, spec, annotations, Vec::new()).await?;
             // The pod's settings: it has no process in the guest that would make them.
-            self.sandbox.set(spec.sysctls()?).await?;
+            self.sandbox.set(sysctls).await?;
             return Ok((None, Vec::new()));
         }
         let ends = Ends::open(stdio, &self.owner(&request.id)).await?;

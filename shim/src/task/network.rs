@@ -118,9 +118,10 @@ impl Tasks {
             let first = container.init.phase == Phase::Created
                 && container.kind != Kind::Member
                 && self.machine_network().is(&container.network);
-            Ok(first.then(|| Arc::clone(&container.network)))
+            let settings = &container.late_sysctls;
+            Ok(first.then(|| (Arc::clone(&container.network), settings.clone())))
         })?;
-        let Some(namespace) = found else {
+        let Some((namespace, settings)) = found else {
             return Ok(());
         };
         let namespace = namespace.try_clone().map_err(Error::StandIn)?;
@@ -129,7 +130,7 @@ impl Tasks {
             let following = tokio::spawn(async move { follower.run(&tasks.sandbox).await });
             *self.following() = Some(following);
         }
-        Ok(())
+        self.sandbox.set(settings).await
     }
 
     /// Takes away what is left of the network on the host. The machine has ended.

@@ -54,7 +54,7 @@ pub const DIFFERENCES: &[Difference] = &[
     },
     Difference {
         behaviour: "networks",
-        runc: "another's: lo 0x9 1024",
+        runc: "another's: lo 0 0 0 0x9 1024",
         bulkhead: "another's: INVALID_ARGUMENT",
         reason: "a machine has one network, and whoever asks for another one's is told so",
     },

@@ -20,7 +20,7 @@ fn containers_are_in_the_networks_that_they_ask_for() {
     let world = World::new().unwrap();
     let mut network = cni::Pod::new().unwrap();
     network
-        .attach("eth0", "first", &[bridge("first0", 82, 1500)])
+        .attach("eth0", "first", &[bridge("first0", 95, 1500)])
         .unwrap();
     let other = cni::Pod::new().unwrap();
     let [expected, found] = [Runtime::Runc, Runtime::Bulkhead].map(|runtime| {
@@ -39,6 +39,7 @@ fn containers_are_in_the_networks_that_they_ask_for() {
 fn look_around(peer: &Peer, id: &str, kind: Kind, first: &cni::Pod, other: &cni::Pod) -> Notes {
     let change = |config: &mut Value| {
         config["linux"]["namespaces"][2]["path"] = json!(first.path());
+        config["linux"]["sysctl"] = json!({"net.ipv4.conf.eth0.tag": "5"});
     };
     let bundle = peer.bundle(id, kind, &["sleep", "1000"], change).unwrap();
     let shim = peer.start(&bundle).unwrap();
@@ -72,7 +73,7 @@ fn look_around(peer: &Peer, id: &str, kind: Kind, first: &cni::Pod, other: &cni:
     notes
 }
 
-/// What a container sees of its network: the interfaces, whether the loopback is up, the setting. Or why there is none.
+/// What a container sees of its network: the interfaces, their settings, whether the loopback is up, the setting. Or why there is none.
 fn look(
     peer: &Peer,
     shim: &Shim,
@@ -90,7 +91,7 @@ fn look(
         }
     };
     let script = format!(
-        "ls /sys/class/net; cat /sys/class/net/lo/flags /proc/sys/{}",
+        "ls /sys/class/net; cd /proc/sys; cat net/ipv4/conf/*/tag /sys/class/net/lo/flags {}",
         SETTING.replace('.', "/")
     );
     let bundle = peer.bundle(id, kind, &["sh", "-c", &script], change);
