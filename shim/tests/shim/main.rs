@@ -17,8 +17,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::{
-    CloseIORequest, ConnectRequest, PauseRequest, PidsRequest, ResizePtyRequest, ResumeRequest,
-    StatsRequest, Status, UpdateTaskRequest,
+    CloseIORequest, ConnectRequest, KillRequest, PauseRequest, PidsRequest, ResizePtyRequest,
+    ResumeRequest, StatsRequest, Status, UpdateTaskRequest,
 };
 use nix::sys::signal::Signal;
 use protobuf::well_known_types::any::Any;
@@ -72,6 +72,13 @@ async fn a_container_lives_and_ends() {
         code(&shim.kill("c1", "", KILL).await.unwrap_err()),
         Code::NOT_FOUND
     );
+    let all = KillRequest {
+        id: "c1".into(),
+        signal: KILL as u32,
+        all: true,
+        ..Default::default()
+    };
+    shim.task.kill(context(), &all).await.unwrap();
     assert_eq!(
         code(&shim.start("c1", "").await.unwrap_err()),
         Code::FAILED_PRECONDITION
@@ -104,7 +111,7 @@ async fn both_names_of_the_service_are_served() {
         ("Pids", Code::NOT_FOUND),
         ("Pause", Code::NOT_FOUND),
         ("Resume", Code::NOT_FOUND),
-        ("Checkpoint", Code::UNIMPLEMENTED),
+        ("Checkpoint", Code::NOT_FOUND),
         ("Kill", Code::NOT_FOUND),
         ("Exec", Code::INVALID_ARGUMENT),
         ("ResizePty", Code::NOT_FOUND),
@@ -444,8 +451,12 @@ async fn execs_have_lives_of_their_own() {
     let shim = host.shim(&bundle).await;
     let request = host.create_request(&bundle);
     shim.task.create(context(), &request).await.unwrap();
-    let early = shim.exec("c1", "early", &["exit", "0"]).await.unwrap_err();
-    assert_eq!(code(&early), Code::FAILED_PRECONDITION);
+    // The container is there before its program runs.
+    shim.exec("c1", "early", &["exit", "0"]).await.unwrap();
+    shim.start("c1", "early").await.unwrap();
+    assert_eq!(shim.wait("c1", "early").await.unwrap().exit_status, 0);
+    assert_eq!(shim.status("c1", "").await, Status::CREATED);
+    shim.delete("c1", "early").await.unwrap();
     shim.start("c1", "").await.unwrap();
     shim.exec("c1", "x", &["exit", "7"]).await.unwrap();
     let twice = shim.exec("c1", "x", &["exit", "7"]).await.unwrap_err();
@@ -471,6 +482,8 @@ async fn execs_have_lives_of_their_own() {
         code(&shim.start("c1", "bad").await.unwrap_err()),
         Code::NOT_FOUND
     );
+    let waited = shim.wait("c1", "bad").await.unwrap();
+    assert_eq!((waited.exit_status, waited.exited_at.is_some()), (0, false));
     assert_eq!(shim.delete("c1", "bad").await.unwrap().exit_status, 0);
 
     shim.exec("c1", "y", &["wait"]).await.unwrap();
@@ -500,8 +513,9 @@ async fn execs_have_lives_of_their_own() {
     shim.kill("c1", "y", KILL).await.unwrap();
     assert_eq!(shim.wait("c1", "").await.unwrap().exit_status, 143);
     shim.delete("c1", "").await.unwrap();
-    host.expect(&["create", "start"]).await;
-    host.expect(&["exec-added", "exec-started", "exit x 7"])
+    host.expect(&["create", "exec-added", "exec-started", "exit early 0"])
+        .await;
+    host.expect(&["start", "exec-added", "exec-started", "exit x 7"])
         .await;
     host.expect(&["exec-added", "exec-added", "exec-added", "exec-started"])
         .await;
