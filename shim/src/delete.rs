@@ -370,6 +370,8 @@ mod tests {
             cgroup: None,
         };
         state.write(dir.path()).unwrap();
+        // Waiting would close it, and end the program.
+        let _input = hung.stdin.take();
         // It is this test's child, which is gone when the test has waited for it.
         let waiting = std::thread::spawn(move || hung.wait().unwrap());
         call(dir.path()).unwrap();
