@@ -42,9 +42,7 @@ impl Tasks {
     /// Starts a process, and returns the number of the host's process that stands for it.
     pub(super) async fn start(self: &Arc<Self>, request: StartRequest) -> Result<u32, Error> {
         let (id, exec_id) = (request.id.clone(), request.exec_id.clone());
-        if exec_id.is_empty() {
-            self.connect_network(&id).await?;
-        }
+        self.connect_network(&id).await?;
         let kind = self.with(&id, |container| {
             let refused = |phase| Error::Phase {
                 operation: "start",

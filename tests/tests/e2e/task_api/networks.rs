@@ -44,6 +44,10 @@ fn look_around(peer: &Peer, id: &str, kind: Kind, first: &cni::Pod, other: &cni:
     let bundle = peer.bundle(id, kind, &["sleep", "1000"], change).unwrap();
     let shim = peer.start(&bundle).unwrap();
     let pid = shim.create(&bundle, &Paths::default()).unwrap();
+    let mut notes = Vec::new();
+    if matches!(kind, Kind::Single) {
+        notes.push(format!("before the start: {}", look_in(peer, &shim, id)));
+    }
     shim.start(id, "").unwrap();
     let server = shim.server(id).unwrap().shim_pid;
     let later = match kind {
@@ -59,11 +63,10 @@ fn look_around(peer: &Peer, id: &str, kind: Kind, first: &cni::Pod, other: &cni:
         ("by its name again", Some(first.path()), None),
         ("another's", Some(other.path()), None),
     ];
-    let notes = all.into_iter().map(|(what, path, setting)| {
+    notes.extend(all.into_iter().map(|(what, path, setting)| {
         let name = format!("{id}-{}", what.replace([' ', '\''], "-"));
         format!("{what}: {}", look(peer, &shim, &name, later, path, setting))
-    });
-    let notes = notes.collect();
+    }));
     shim.kill(id, "", SIGKILL, true).unwrap();
     shim.wait(id, "").unwrap();
     shim.delete(id, "").unwrap();
@@ -71,6 +74,17 @@ fn look_around(peer: &Peer, id: &str, kind: Kind, first: &cni::Pod, other: &cni:
     drop(shim.shutdown(id));
     wait_for_end(server);
     notes
+}
+
+/// The interfaces that a process sees that joins a container.
+fn look_in(peer: &Peer, shim: &Shim, id: &str) -> String {
+    let streams = peer.streams(&format!("{id}-early"), None).unwrap();
+    let program = ["ls", "/sys/class/net"];
+    shim.exec(id, "early", &program, &streams.paths).unwrap();
+    shim.start(id, "early").unwrap();
+    shim.wait(id, "early").unwrap();
+    shim.delete(id, "early").unwrap();
+    streams.stdout.text().unwrap().trim_end().replace('\n', " ")
 }
 
 /// What a container sees of its network: the interfaces, their settings, whether the loopback is up, the setting. Or why there is none.
