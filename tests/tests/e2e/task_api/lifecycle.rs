@@ -1,5 +1,6 @@
 //! From Create to Delete.
 
+use bulkhead_tests::ctr::Runtime;
 use bulkhead_tests::peer::{Paths, V3, code};
 use containerd_shim_protos::api::WaitResponse;
 
@@ -14,6 +15,7 @@ fn containers_live_and_end_as_under_runc() {
         ("killed_before_start", killed_before_start),
         ("frozen", frozen),
         ("killed_while_frozen", killed_while_frozen),
+        ("signalled_while_frozen", signalled_while_frozen),
         ("killed_with_all_its_processes", killed_with_all),
         ("signals_and_their_codes", signals),
     ];
@@ -179,6 +181,27 @@ fn killed_while_frozen(pod: &Pod, id: &str) -> Notes {
     notes
 }
 
+fn signalled_while_frozen(pod: &Pod, id: &str) -> Notes {
+    let (paths, wait) = pod.first_word(id);
+    let script = "trap 'exit 7' TERM; echo .; sleep 1000 >/dev/null 2>&1 & wait";
+    let bundle = pod.member(id, &["sh", "-c", script]);
+    pod.shim.create(&bundle, &paths).unwrap();
+    pod.shim.start(id, "").unwrap();
+    wait();
+    pod.shim.pause(id).unwrap();
+    let killed = code(&pod.shim.kill(id, "", SIGTERM, true));
+    let mut ends = "ends at once";
+    if pod.peer.runtime() == Runtime::Bulkhead {
+        assert_eq!(pod.shim.status(id, ""), "PAUSED");
+        pod.shim.resume(id).unwrap();
+        ends = "ends when it is resumed";
+    }
+    let status = pod.shim.wait(id, "").unwrap().exit_status;
+    pod.shim.delete(id, "").unwrap();
+    pod.events(id, "delete");
+    vec![format!("kill: {killed}"), format!("{ends}: {status}")]
+}
+
 fn killed_with_all(pod: &Pod, id: &str) -> Notes {
     let mut notes = Notes::new();
     // The first process holds out: its end is that of the others.
@@ -218,6 +241,10 @@ fn signals(pod: &Pod, id: &str) -> Notes {
     notes.push(format!(
         "no signal: {}",
         code(&pod.shim.kill(id, "", 1000, false))
+    ));
+    notes.push(format!(
+        "no signal to all: {}",
+        code(&pod.shim.kill(id, "", 1000, true))
     ));
     // It reaches nobody, and tells whether there is somebody.
     notes.push(format!(

@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
 use serde_json::Value;
 
-use super::{Notes, Pod, compare, wait_for_end};
+use super::{Notes, Pod, SIGKILL, compare, wait_for_end};
 
 #[test]
 fn streams_are_those_of_runc() {
@@ -28,6 +28,7 @@ fn streams_are_those_of_runc() {
         ("logger", logger),
         ("terminal", terminal),
         ("terminal_of_an_exec", terminal_of_an_exec),
+        ("terminal_without_input", terminal_without_input),
         ("much_output", much_output),
         ("stuck_reader", stuck_reader),
     ]);
@@ -300,6 +301,25 @@ fn terminal_of_an_exec(pod: &Pod, id: &str) -> Notes {
     let resized = shim.resize(id, "", (80, 25));
     notes.push(format!("no terminal: {}", code(&resized)));
     pod.remove(id);
+    notes
+}
+
+fn terminal_without_input(pod: &Pod, id: &str) -> Notes {
+    let shim = &pod.shim;
+    pod.run(id, &["sleep", "1000"]);
+    let streams = pod.peer.terminal(&format!("{id}-x"), b"").unwrap();
+    shim.exec(id, "x", &["sleep", "1000"], &streams.paths)
+        .unwrap();
+    shim.start(id, "x").unwrap();
+    let mut notes = vec![format!("close: {}", code(&shim.close_stdin(id, "x")))];
+    if pod.peer.runtime() == Runtime::Bulkhead {
+        shim.kill(id, "x", SIGKILL, false).unwrap();
+    }
+    notes.push(format!("wait: {}", shim.wait(id, "x").unwrap().exit_status));
+    shim.delete(id, "x").unwrap();
+    assert_eq!(streams.stdout.text().unwrap(), "");
+    pod.remove(id);
+    pod.events(id, "delete");
     notes
 }
 
