@@ -438,8 +438,12 @@ fn processes_of_the_host(pod: &Pod, id: &str) -> Notes {
     shim.delete(&handler, "").unwrap();
 
     let init = pod.run(id, &["sleep", "1000"]);
-    let own = link(std::process::id(), "ns/net");
-    notes.push(format!("own network: {}", link(init, "ns/net") != own));
+    let kinds = ["cgroup", "ipc", "mnt", "net", "pid", "uts"];
+    let own = kinds.map(|kind| format!("ns/{kind}"));
+    let own = own
+        .iter()
+        .filter(|kind| link(init, kind) != link(std::process::id(), kind));
+    notes.push(format!("own: {:?}", own.collect::<Vec<_>>()));
     let program = format!("/proc/{init}/root/bin/busybox");
     notes.push(format!("its files: {}", Path::new(&program).exists()));
     // The host's would be the worst.
