@@ -113,7 +113,7 @@ fn state_is_told_whatever_the_machine_does() {
     let machine = Stopped::now();
     assert_eq!(prompt(&shim, ""), "PAUSED");
     let resume = background(&shim, move |shim| code(&shim.resume(id)));
-    assert_eq!(prompt(&shim, "runs"), "RUNNING");
+    assert_eq!(prompt(&shim, "runs"), "PAUSED");
     drop(machine);
     assert_eq!(resume.join().unwrap(), "OK");
     assert_eq!(prompt(&shim, ""), "RUNNING");
