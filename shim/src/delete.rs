@@ -14,6 +14,7 @@ use containerd_shim_protos::api::{
 use containerd_shim_protos::shim_async::TaskClient;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
+use nix::sys::inotify::AddWatchFlags;
 use protobuf::{Message, MessageField};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -26,6 +27,7 @@ use crate::bootstrap::{self, ADDRESS, remove_dead_socket};
 use crate::cgroup;
 use crate::network;
 use crate::process::{Exit, KILLED};
+use crate::readiness::Watch;
 use crate::spec::Spec;
 use crate::state::{ProcessId, State};
 
@@ -47,9 +49,6 @@ const HOOKED: Duration = Duration::from_millis(4500);
 
 /// How long a shim that ends may take to take its socket away, which is the first thing that it does.
 const LEAVE_PATIENCE: Duration = Duration::from_millis(250);
-
-/// How long until it is looked again at what is about to happen.
-const INTERVAL: Duration = Duration::from_millis(10);
 
 /// Why something was left behind.
 #[derive(Debug, thiserror::Error)]
@@ -156,14 +155,19 @@ fn is_alone(bundle: &Path) -> bool {
 
 /// Whether a shim's socket goes away.
 fn disappears(socket: &Path) -> bool {
-    let asked = Instant::now();
-    while socket.exists() {
-        if asked.elapsed() > LEAVE_PATIENCE {
-            return false;
+    let gone = async {
+        // It loses its only name, which is an attribute.
+        let watch = Watch::new(socket, AddWatchFlags::IN_ATTRIB)?;
+        while socket.exists() {
+            watch.changed().await?;
         }
-        std::thread::sleep(INTERVAL);
-    }
-    true
+        io::Result::Ok(())
+    };
+    // How it went is seen at the socket.
+    let waited =
+        runtime().map(|runtime| runtime.block_on(async { timeout(LEAVE_PATIENCE, gone).await }));
+    drop(waited);
+    !socket.exists()
 }
 
 /// Ends a shim that nobody needs, and with it the machine, and removes what they leave, also of what joined it to its network.
@@ -259,7 +263,7 @@ fn ask_shim(socket: &Path, id: &str, meant: Option<ProcessId>, clock: Clock) -> 
     runtime().map_or(Asked::Nobody, |runtime| runtime.block_on(ask))
 }
 
-/// Has a shim end and delete a container, until it does not have it any more.
+/// Has a shim end and delete a container. If somebody else is deleting it, the shim answers when that is done.
 async fn end_task(shim: &TaskClient, id: &str) -> Asked {
     let kill = KillRequest {
         id: id.to_owned(),
@@ -282,18 +286,14 @@ async fn end_task(shim: &TaskClient, id: &str) -> Asked {
     // It may have ended before, or never have been made; what counts is that it is not there.
     let _ = shim.kill(context(), &kill).await;
     let _ = shim.wait(context(), &wait).await;
-    loop {
-        if let Ok(response) = shim.delete(context(), &delete).await {
-            return Asked::Answered(Some(response));
+    if let Ok(response) = shim.delete(context(), &delete).await {
+        return Asked::Answered(Some(response));
+    }
+    match shim.state(context(), &state).await {
+        Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::NOT_FOUND => {
+            Asked::Answered(None)
         }
-        // Somebody else may be deleting it.
-        match shim.state(context(), &state).await {
-            Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::NOT_FOUND => {
-                return Asked::Answered(None);
-            }
-            Ok(_) | Err(ttrpc::Error::RpcStatus(_)) => tokio::time::sleep(INTERVAL).await,
-            Err(_) => return Asked::Nobody,
-        }
+        _ => Asked::Nobody,
     }
 }
 

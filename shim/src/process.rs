@@ -1,9 +1,10 @@
 //! One process of a container, as containerd knows it: the init of a task, or an exec.
 
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use protobuf::well_known_types::timestamp::Timestamp;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 
 use crate::stand_in::StandIn;
 use crate::streams::{Stdio, Streams};
@@ -125,8 +126,8 @@ pub struct Process {
     pub stdio: Stdio,
     /// Its streams at work.
     pub streams: Option<Streams>,
-    /// Whether a Delete is under way.
-    pub deleting: bool,
+    /// Held by the Delete that is under way.
+    pub deletion: Arc<Mutex<()>>,
     end: watch::Sender<Option<End>>,
 }
 
@@ -140,7 +141,7 @@ impl Process {
             stand_in: None,
             stdio,
             streams,
-            deleting: false,
+            deletion: Arc::default(),
             end: watch::Sender::new(None),
         }
     }
@@ -194,6 +195,11 @@ impl Process {
             let ended = end.wait_for(Option::is_some).await;
             ended.ok().and_then(|end| *end)
         }
+    }
+
+    /// Whether a Delete is under way.
+    pub fn is_being_deleted(&self) -> bool {
+        self.deletion.try_lock().is_err()
     }
 
     /// Whether its program runs, or is about to.

@@ -54,7 +54,7 @@ impl Tasks {
             }
             let network = Arc::clone(&container.network);
             let process = process_mut(container, &exec_id)?;
-            if process.deleting {
+            if process.is_being_deleted() {
                 return Err(Error::Finished);
             }
             let started = process.phase.after(Change::Start);
@@ -335,12 +335,17 @@ impl Tasks {
         Ok(Process::new(stdio, Some(streams)))
     }
 
-    /// Forgets a process that does not run; with the init, the container.
+    /// Forgets a process that does not run; with the init, the container. Of several clients that ask for it at once, one is served; the others
+    /// are told that it is gone when it is, or served if it is not.
     pub(super) async fn delete(
         self: &Arc<Self>,
         request: &DeleteRequest,
     ) -> Result<DeleteResponse, Error> {
         let (id, exec_id) = (&request.id, &request.exec_id);
+        let deletion = self.with(id, |container| {
+            Ok(Arc::clone(&process(container, exec_id)?.deletion))
+        })?;
+        let _deletion = deletion.lock().await;
         let (kind, phase, mut drained, ended) = self.with(id, |container| {
             let drained = match exec_id.as_str() {
                 "" => Box::pin(drained(container)) as Drained,
@@ -348,8 +353,9 @@ impl Tasks {
             };
             let process = process_mut(container, exec_id)?;
             match process.phase {
-                _ if process.deleting => return Err(Error::Finished),
-                Phase::Created | Phase::Stopped => process.deleting = true,
+                // It is another that has the name now.
+                _ if !Arc::ptr_eq(&deletion, &process.deletion) => return Err(Error::Finished),
+                Phase::Created | Phase::Stopped => {}
                 phase => {
                     return Err(Error::Phase {
                         operation: "delete",
@@ -374,14 +380,8 @@ impl Tasks {
                 self.drained(id);
             }
         }
-        if kind != Kind::Sandbox
-            && let Err(error) = self.delete_in_guest(request).await
-        {
-            self.with(id, |container| {
-                process_mut(container, exec_id)?.deleting = false;
-                Ok(())
-            })?;
-            return Err(error);
+        if kind != Kind::Sandbox {
+            self.delete_in_guest(request).await?;
         }
         // What was never started has ended well, but its first process was there, and its end is told before the deletion.
         let never_started = phase == Phase::Created;

@@ -678,14 +678,20 @@ async fn what_is_being_deleted_does_not_start_any_more() {
     });
     let open = move || std::fs::OpenOptions::new().write(true).open(fifo);
     let mut line = tokio::task::spawn_blocking(open).await.unwrap().unwrap();
-    for refused in [
-        shim.start("c1", "").await.map(drop),
-        shim.delete("c1", "").await.map(drop),
-    ] {
-        assert_eq!(code(&refused.unwrap_err()), Code::NOT_FOUND);
-    }
+    let refused = shim.start("c1", "").await.unwrap_err();
+    assert_eq!(code(&refused), Code::NOT_FOUND);
+    // Who comes second is answered when it is over.
+    let second = tokio::spawn({
+        let shim = shim.clone();
+        async move { shim.delete("c1", "").await }
+    });
+    tokio::task::yield_now().await;
+    shim.state("c1", "").await.unwrap();
+    assert!(!second.is_finished());
     writeln!(line).unwrap();
     deletion.await.unwrap();
+    let refused = second.await.unwrap().unwrap_err();
+    assert_eq!(code(&refused), Code::NOT_FOUND);
     host.expect(&["create", "delete"]).await;
     shim.shut_down().await;
     assert_eq!(host.remains(), [""; 0]);
