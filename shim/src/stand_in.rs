@@ -173,7 +173,7 @@ impl fmt::Debug for StandIn {
 }
 
 impl StandIn {
-    /// Makes a stand-in with a name. It dies with the calling thread.
+    /// Makes a stand-in with a name. It dies with the calling thread, the only one that makes any: arrivals are not told apart.
     pub fn new(name: &str, network: Network<'_>, mailbox: &Arc<Mailbox>) -> io::Result<Self> {
         let name = name.bytes().filter(|byte| *byte != 0).take(MAX_NAME);
         let mut own = Box::new(Own {
