@@ -163,14 +163,14 @@ pub async fn links_of_an_image_do_not_lead_out(guest: &Guest) {
     std::os::unix::fs::symlink(above, root.join("srv")).unwrap();
     let script = "ls -d /mnt/made /srv/file; pwd; grep -c /made /proc/self/mountinfo; grep -c '/secret/ro ' /proc/self/mountinfo";
     let mut spec = spec(&["sh", "-c", script]);
-    spec["process"]["cwd"] = json!("/srv/work/place");
+    spec["process"]["cwd"] = json!("/srv/made/here");
     spec["linux"]["readonlyPaths"] = json!(["/srv/ro"]);
     let mounts = spec["mounts"].as_array_mut().unwrap();
     mounts.push(json!({"destination": "/mnt/made", "type": "tmpfs", "source": "tmpfs"}));
     mounts.push(json!({"destination": "/srv/ro", "type": "tmpfs", "source": "tmpfs"}));
     mounts.push(json!({"destination": "/srv/file", "type": "bind", "source": "/dev/null", "options": ["bind"]}));
     let outcome = guest.run_in(&spec, &[bind(&root)]).await.unwrap();
-    let place = format!("{}/work/place", secret.display());
+    let place = format!("{}/made/here", secret.display());
     assert_eq!(
         outcome.output,
         format!("/mnt/made\n/srv/file\n{place}\n1\n2\n"),

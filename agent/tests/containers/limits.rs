@@ -235,7 +235,8 @@ pub async fn devices_are_those_allowed(guest: &Guest) {
 }
 
 pub async fn a_shared_process_namespace_leaves_nothing_behind(guest: &Guest) {
-    let mut shared = spec(&["sh", "-c", "sleep 1000 & sleep 1000 & echo started; exit 5"]);
+    let script = "mkfifo never; cat never & cat never & echo started; exit 5";
+    let mut shared = spec(&["sh", "-c", script]);
     let namespaces = shared["linux"]["namespaces"].as_array_mut().unwrap();
     namespaces.retain(|namespace| namespace["type"] != "pid");
     let outcome = guest.run(&shared).await.unwrap();
