@@ -6,12 +6,11 @@ use std::net::TcpListener;
 use std::process::Command;
 use std::thread::available_parallelism;
 
-use bulkhead_tests::cni::Pod;
 use bulkhead_tests::ctr::{Runtime, World};
 use bulkhead_tests::process;
 use tempfile::TempDir;
 
-use super::traffic::bridge;
+use super::traffic::bridged;
 use super::{each_of, exec, start_in};
 
 /// The processors of the container's machine.
@@ -68,9 +67,7 @@ fn interrupts(text: &str) -> BTreeMap<String, u64> {
 fn each_processor_has_queues_of_its_own() {
     let world = World::new().unwrap();
     let host = Host::with(PROCESSORS);
-    let mut pod = Pod::new().unwrap();
-    pod.attach("eth0", "queues", &[bridge("queues0", 74, 1500)])
-        .unwrap();
+    let pod = bridged("queues", 74, 1500);
     let options = ["--cpus".to_owned(), PROCESSORS.to_string()];
     let container = start_in(&world, Runtime::Bulkhead, &pod, &options);
     assert_eq!(exec(&container, "nproc"), format!("{PROCESSORS}\n"));

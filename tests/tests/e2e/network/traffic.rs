@@ -28,6 +28,14 @@ pub fn bridge(name: &str, network: u8, mtu: u16) -> Value {
     })
 }
 
+/// A pod with one interface, at a bridge of its own.
+pub fn bridged(name: &str, network: u8, mtu: u16) -> Pod {
+    let mut pod = Pod::new().unwrap();
+    let bridge = bridge(&format!("{name}0"), network, mtu);
+    pod.attach("eth0", name, &[bridge]).unwrap();
+    pod
+}
+
 /// What goes over each stream again and again, and how often: more than 1 GiB in each direction alone, and in both at once. Its length is no
 /// multiple of anything on the way, so what is lost, or comes twice, shows.
 static BLOCK: LazyLock<Vec<u8>> = LazyLock::new(|| noise((16 << 20) + 1));
@@ -98,9 +106,7 @@ fn exchange(socket: &UdpSocket) -> (usize, usize) {
 #[test]
 fn streams_connections_and_datagrams_arrive() {
     let world = World::new().unwrap();
-    let mut pod = Pod::new().unwrap();
-    pod.attach("eth0", "jumbo", &[bridge("jumbo0", 80, 9000)])
-        .unwrap();
+    let pod = bridged("jumbo", 80, 9000);
     let listener = |port: u16| TcpListener::bind(("::", port)).unwrap();
     let (short, there, back, echo) = (
         listener(7010),

@@ -8,7 +8,7 @@ use bulkhead_tests::peer::{Kind, Paths, Peer, Shim, code};
 use serde_json::{Value, json};
 
 use super::{Notes, SIGKILL, differences, wait_for_end};
-use crate::network::traffic::bridge;
+use crate::network::traffic::bridged;
 
 /// A setting that each network namespace has for itself.
 const SETTING: &str = "net.ipv4.ip_unprivileged_port_start";
@@ -18,10 +18,7 @@ const SET: &str = "7";
 #[test]
 fn containers_are_in_the_networks_that_they_ask_for() {
     let world = World::new().unwrap();
-    let mut network = cni::Pod::new().unwrap();
-    network
-        .attach("eth0", "first", &[bridge("first0", 95, 1500)])
-        .unwrap();
+    let network = bridged("first", 95, 1500);
     let other = cni::Pod::new().unwrap();
     let [expected, found] = [Runtime::Runc, Runtime::Bulkhead].map(|runtime| {
         let peer = Peer::new(world.site(), runtime).unwrap();

@@ -12,7 +12,7 @@ use containerd_shim_protos::protobuf::Message;
 use serde_json::{Value, json};
 
 use super::{SIGKILL, differences, line};
-use crate::network::traffic::bridge;
+use crate::network::traffic::bridged;
 
 const MIB: u64 = 1 << 20;
 
@@ -95,10 +95,7 @@ fn work(world: &World, runtime: Runtime, network: &cni::Pod) -> (u64, Metrics) {
 #[test]
 fn statistics_are_what_was_done() {
     let world = World::new().unwrap();
-    let mut network = cni::Pod::new().unwrap();
-    network
-        .attach("eth0", "counted", &[bridge("counted0", 81, 9000)])
-        .unwrap();
+    let network = bridged("counted", 81, 9000);
     let [expected, found] = [Runtime::Runc, Runtime::Bulkhead].map(|runtime| {
         let (ticks, stats) = work(&world, runtime, &network);
         eprintln!("{runtime:?}: {ticks} ticks, {stats}");
