@@ -18,9 +18,16 @@ use crate::network;
 use crate::process::Phase;
 use crate::spec;
 
+/// What the machine has its network from, and how many containers are being created that rely on it.
+#[derive(Debug, Default)]
+pub(super) struct MachineNetwork {
+    source: Source,
+    placements: usize,
+}
+
 /// The network namespace of the host whose contents are the machine's network.
 #[derive(Debug, Default)]
-pub(super) enum MachineNetwork {
+enum Source {
     /// That of the first container, which has not come yet.
     #[default]
     Undecided,
@@ -30,34 +37,32 @@ pub(super) enum MachineNetwork {
     Namespace(Arc<OwnedFd>),
 }
 
-/// Where a container is that is being created.
+/// Where a container is that is being created. If there is no machine when the last of these is dropped, the next container is the first
+/// again.
 #[derive(Debug)]
 pub(super) struct Placement<'a> {
     /// Its network namespace on the host, if that is there already.
     pub(super) namespace: Option<Arc<OwnedFd>>,
     /// Whether it has a network namespace of its own in the guest.
     pub(super) is_own: bool,
-    /// What the first container of a machine holds.
-    decision: Option<Decision<'a>>,
-}
-
-/// The choice of the machine's network. It is taken back if this is dropped and there is no machine.
-#[derive(Debug)]
-struct Decision<'a>(&'a Tasks);
-
-impl Drop for Decision<'_> {
-    fn drop(&mut self) {
-        if !self.0.sandbox.exists() {
-            *self.0.machine_network() = MachineNetwork::Undecided;
-        }
-    }
+    tasks: &'a Tasks,
 }
 
 impl Placement<'_> {
     /// Notes the namespace that was made for want of one.
     pub(super) fn made(&self, namespace: &Arc<OwnedFd>) {
-        if let Some(Decision(tasks)) = self.decision {
-            *tasks.machine_network() = MachineNetwork::Namespace(Arc::clone(namespace));
+        if !self.is_own {
+            self.tasks.machine_network().source = Source::Namespace(Arc::clone(namespace));
+        }
+    }
+}
+
+impl Drop for Placement<'_> {
+    fn drop(&mut self) {
+        let mut network = self.tasks.machine_network();
+        network.placements -= 1;
+        if network.placements == 0 && !self.tasks.sandbox.exists() {
+            network.source = Source::Undecided;
         }
     }
 }
@@ -65,7 +70,7 @@ impl Placement<'_> {
 impl MachineNetwork {
     /// Whether a namespace is the machine's, by whatever name it was found. One that cannot be looked at is not.
     fn is(&self, namespace: &Arc<OwnedFd>) -> bool {
-        let Self::Namespace(own) = self else {
+        let Source::Namespace(own) = &self.source else {
             return false;
         };
         let identity = |namespace: &OwnedFd| {
@@ -85,25 +90,22 @@ impl Tasks {
     /// There is no such namespace, or it is another than the machine's, which cannot be in two.
     pub(super) fn place(&self, path: Option<&Path>) -> Result<Placement<'_>, Error> {
         let namespace = path.map(open).transpose()?;
-        let mut machines = self.machine_network();
-        if let MachineNetwork::Undecided = *machines {
-            let first = namespace.clone();
-            *machines = first.map_or(MachineNetwork::New, MachineNetwork::Namespace);
-            return Ok(Placement {
-                namespace,
-                is_own: false,
-                decision: Some(Decision(self)),
-            });
-        }
-        if let (Some(path), Some(namespace)) = (path, &namespace)
-            && !machines.is(namespace)
-        {
-            return Err(spec::Error::ForeignNetwork(path.to_owned()).into());
-        }
+        let mut network = self.machine_network();
+        let is_own = match (&network.source, path, &namespace) {
+            (Source::Undecided, _, first) => {
+                network.source = first.clone().map_or(Source::New, Source::Namespace);
+                false
+            }
+            (_, Some(path), Some(namespace)) if !network.is(namespace) => {
+                return Err(spec::Error::ForeignNetwork(path.to_owned()).into());
+            }
+            _ => namespace.is_none(),
+        };
+        network.placements += 1;
         Ok(Placement {
-            is_own: namespace.is_none(),
             namespace,
-            decision: None,
+            is_own,
+            tasks: self,
         })
     }
 
@@ -217,6 +219,19 @@ mod tests {
         // What is made for another is its own.
         later.made(&open(&same).unwrap());
         assert!(tasks.machine_network().is(&open(&one).unwrap()));
+    }
+
+    #[tokio::test]
+    async fn the_first_one_decides_for_those_that_come_while_it_fails() {
+        let tasks = tasks();
+        let (_directory, [one, same, other]) = namespaces();
+        let first = tasks.place(Some(&one)).unwrap();
+        let second = tasks.place(Some(&same)).unwrap();
+        drop(first);
+        assert!(tasks.place(Some(&other)).is_err());
+        assert!(tasks.machine_network().is(&open(&one).unwrap()));
+        drop(second);
+        assert!(tasks.place(Some(&other)).is_ok());
     }
 
     #[tokio::test]
