@@ -27,7 +27,7 @@ use crate::streams::{Ends, Stdio};
 /// How long Delete waits for the last output to be read. containerd gives Delete ten seconds in all.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
 
-/// How long a guest may take to end a killed container that has a machine to itself; then the machine ends.
+/// How long a guest may take to end a killed container; then the machine ends, unless others are in it.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Waits until the end of a process is noted. Who is told that it has finished, or could not start, looks at it next, and must find it
@@ -42,6 +42,19 @@ impl Tasks {
     /// Starts a process, and returns the number of the host's process that stands for it.
     pub(super) async fn start(self: &Arc<Self>, request: StartRequest) -> Result<u32, Error> {
         let (id, exec_id) = (request.id.clone(), request.exec_id.clone());
+        let started = self.try_to_start(request).await;
+        if started.is_err() && !exec_id.is_empty() {
+            let told = self.with(&id, |container| {
+                process_mut(container, &exec_id)?.never_ran();
+                Ok(())
+            });
+            log::debug!("{id:?} {exec_id:?} is not waited for: {}", told.is_ok());
+        }
+        started
+    }
+
+    async fn try_to_start(self: &Arc<Self>, request: StartRequest) -> Result<u32, Error> {
+        let (id, exec_id) = (request.id.clone(), request.exec_id.clone());
         self.connect_network(&id).await?;
         let kind = self.with(&id, |container| {
             let refused = |phase| Error::Phase {
@@ -49,7 +62,7 @@ impl Tasks {
                 phase,
             };
             if !exec_id.is_empty() && container.init_has_ended() {
-                process_mut(container, &exec_id)?.never_ran();
+                process(container, &exec_id)?;
                 return Err(refused(Phase::Stopped));
             }
             let network = Arc::clone(&container.network);
