@@ -1,7 +1,7 @@
 //! Hooks that are programs of the host (runtime-spec, "POSIX-platform Hooks"): prestart, createRuntime, poststart, poststop.
 //!
-//! They run where the shim runs, in the container's bundle, and find the container's state on their standard input. Those that come before the container runs can
-//! prevent it; the failures of the others are logged. (createContainer and startContainer hooks are the guest's.)
+//! They run where the shim runs, in the container's bundle, and find the container's state on their standard input. A failure of those that come
+//! before the container runs prevents it, one of poststart's ends it, and poststop's are logged. (createContainer and startContainer hooks are the guest's.)
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -149,7 +149,7 @@ impl Hooks {
             pid,
         };
         let ran = match serde_json::to_vec(&state) {
-            Ok(state) => run(hook, &self.subject.bundle, &state).await,
+            Ok(state) => run(stage, hook, &self.subject.bundle, &state).await,
             Err(error) => Err(Problem::Run(error.into())),
         };
         ran.map_err(|problem| Error {
@@ -160,10 +160,11 @@ impl Hooks {
     }
 }
 
-async fn run(hook: &Hook, bundle: &str, state: &[u8]) -> Result<(), Problem> {
+async fn run(stage: Stage, hook: &Hook, bundle: &str, state: &[u8]) -> Result<(), Problem> {
     let mut words = file(&[]).map_err(Problem::Run)?;
     let mut child = command(hook, bundle, state, &words)
-        .and_then(|mut command| command.spawn())
+        // Who does not wait for the end of a hook that cleans up lets it go on: no other does its work.
+        .and_then(|mut command| command.kill_on_drop(stage != Stage::Poststop).spawn())
         .map_err(Problem::Run)?;
     let limit = hook.timeout().and_then(|limit| u64::try_from(limit).ok());
     let status = match limit.filter(|limit| *limit > 0) {
@@ -199,8 +200,7 @@ fn command(hook: &Hook, bundle: &str, state: &[u8], words: &File) -> io::Result<
         .stdin(file(state)?)
         .stdout(words.try_clone()?)
         .stderr(words.try_clone()?)
-        .process_group(0)
-        .kill_on_drop(true);
+        .process_group(0);
     Ok(command)
 }
 
