@@ -12,7 +12,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -21,6 +21,8 @@ use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, umask};
 use protobuf::Message;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use rustix::process::getpid;
 use rustix::thread::{CoreSchedulingScope, create_core_scheduling_cookie};
 use serde::Deserialize;
@@ -172,7 +174,7 @@ fn listen(socket: &Path) -> Result<Option<UnixListener>, Error> {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
         Err(source) => return Err(at("listen on", socket)(source)),
     }
-    if UnixStream::connect(socket).is_ok() {
+    if has_listener(socket) {
         return Ok(None);
     }
     let is_socket = fs::symlink_metadata(socket)
@@ -192,15 +194,26 @@ fn lock(directory: &Path) -> io::Result<Flock<File>> {
     Flock::lock(File::open(directory)?, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
 }
 
+/// Whether somebody listens on a socket, even if it is a shim that hangs, and takes no connection any more: nobody waits for that one with the
+/// lock of all.
+fn has_listener(socket: &Path) -> bool {
+    let connect = || {
+        let address = SocketAddrUnix::new(socket)?;
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let stream = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        rustix::net::connect(&stream, &address)
+    };
+    matches!(connect(), Ok(()) | Err(Errno::AGAIN))
+}
+
 /// Removes a socket that nobody listens on any more.
 pub fn remove_dead_socket(socket: &Path) -> io::Result<()> {
-    let removed =
-        lock(socket.parent().unwrap_or(Path::new("/"))).and_then(
-            |_lock| match UnixStream::connect(socket) {
-                Ok(_) => Ok(()),
-                Err(_) => fs::remove_file(socket),
-            },
-        );
+    let removed = lock(socket.parent().unwrap_or(Path::new("/"))).and_then(|_lock| {
+        match has_listener(socket) {
+            true => Ok(()),
+            false => fs::remove_file(socket),
+        }
+    });
     match removed {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed,
