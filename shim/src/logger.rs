@@ -1,7 +1,8 @@
 //! Logging programs of the host: `binary:///path?key=value`, as nerdctl uses them.
 //!
 //! The program gets the read end of a process's standard output as descriptor 3 and of its standard error as descriptor 4; by closing
-//! descriptor 5, or writing to it, it says that it is ready. The keys and values of the URI are its arguments.
+//! descriptor 5, or writing to it, it says that it is ready. The keys and values of the URI are its arguments. With `binary-v2`, of containerd
+//! 2.2, it has to write: one that crashes closes its descriptors, too.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -31,12 +32,21 @@ pub struct Owner {
     pub id: String,
 }
 
+/// How a program says that it is ready.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ready {
+    /// It closes the descriptor, or writes to it.
+    Closes,
+    /// It writes to the descriptor.
+    Writes,
+}
+
 /// Starts the program that the rest of a URI names, after `binary://`, and returns the write ends of its pipes.
 ///
 /// # Errors
 ///
 /// It cannot be executed, ends before it is ready, or takes too long.
-pub async fn start(rest: &str, owner: &Owner) -> io::Result<(OwnedFd, OwnedFd)> {
+pub async fn start(rest: &str, owner: &Owner, ready: Ready) -> io::Result<(OwnedFd, OwnedFd)> {
     let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
     let mut command = Command::new(decode(path)?);
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
@@ -47,7 +57,7 @@ pub async fn start(rest: &str, owner: &Owner) -> io::Result<(OwnedFd, OwnedFd)> 
     }
     let (out_reader, out) = pipe()?;
     let (error_reader, error) = pipe()?;
-    let (ready, ready_writer) = pipe()?;
+    let (readiness, ready_writer) = pipe()?;
     let ends = [
         above(out_reader)?,
         above(error_reader)?,
@@ -79,18 +89,22 @@ pub async fn start(rest: &str, owner: &Owner) -> io::Result<(OwnedFd, OwnedFd)> 
     unsafe { command.pre_exec(give) };
     let mut child = tokio::process::Command::from(command).spawn()?;
     drop(ends);
-    let mut ready = pipe::Receiver::from_owned_fd_unchecked(nonblocking(ready)?)?;
+    let mut readiness = pipe::Receiver::from_owned_fd_unchecked(nonblocking(readiness)?)?;
     let mut byte = [0];
-    match tokio::time::timeout(READY_PATIENCE, ready.read(&mut byte)).await {
-        Ok(read) => drop(read?),
-        Err(_) => {
-            // It does not matter whether it ends by itself just now.
-            let _ = child.start_kill();
-            return Err(io::Error::new(
-                io::ErrorKind::TimedOut,
-                format!("the logging program was not ready after {READY_PATIENCE:?}"),
-            ));
-        }
+    let refused = match tokio::time::timeout(READY_PATIENCE, readiness.read(&mut byte)).await {
+        Ok(Ok(0)) if ready == Ready::Writes => Some(io::Error::other(
+            "the logging program did not say that it is ready",
+        )),
+        Ok(read) => read.err(),
+        Err(_) => Some(io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("the logging program was not ready after {READY_PATIENCE:?}"),
+        )),
+    };
+    if let Some(error) = refused {
+        // It does not matter whether it ends by itself just now.
+        let _ = child.start_kill();
+        return Err(error);
     }
     if let Some(status) = child.try_wait()? {
         return Err(io::Error::other(format!(
@@ -185,7 +199,7 @@ mod tests {
         let done =
             crate::readiness::Watch::new(dir.path(), nix::sys::inotify::AddWatchFlags::IN_MOVED_TO)
                 .unwrap();
-        let (out, error) = start(&uri, &owner()).await.unwrap();
+        let (out, error) = start(&uri, &owner(), Ready::Closes).await.unwrap();
         io::Write::write_all(&mut File::from(out), b"out\n").unwrap();
         io::Write::write_all(&mut File::from(error), b"error\n").unwrap();
         done.changed().await.unwrap();
@@ -195,8 +209,21 @@ mod tests {
 
     #[tokio::test]
     async fn a_program_that_cannot_be_executed_is_an_error() {
-        assert!(start("/nonexistent", &owner()).await.is_err());
-        assert!(start("%zz", &owner()).await.is_err());
+        for uri in ["/nonexistent", "%zz"] {
+            assert!(start(uri, &owner(), Ready::Closes).await.is_err());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_program_that_has_to_say_that_it_is_ready_does() {
+        let dir = tempfile::tempdir().unwrap();
+        for (script, is_ready) in [
+            ("exec 5>&-; cat <&3", false),
+            ("echo >&5; exec cat <&3", true),
+        ] {
+            let started = start(&program(&dir, script), &owner(), Ready::Writes).await;
+            assert_eq!(started.is_ok(), is_ready, "{script}");
+        }
     }
 
     #[test]

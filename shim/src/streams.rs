@@ -26,7 +26,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
-use crate::logger::{self, Owner};
+use crate::logger::{self, Owner, Ready};
 use crate::readiness::{Watch, happens, register};
 
 /// How much one splice may move; a pipe's capacity is the real limit.
@@ -65,7 +65,7 @@ pub enum Error {
     #[error("{stream} {path:?} is neither a FIFO nor a file that can be written to")]
     NotWritable { stream: &'static str, path: String },
     #[error(
-        "{stream} {uri:?}: scheme {scheme:?} is not supported; use the path of a FIFO, file:///path, or binary:///program"
+        "{stream} {uri:?}: scheme {scheme:?} is not supported; use the path of a FIFO, file:///path, binary:///program, or binary-v2:///program"
     )]
     Scheme {
         stream: &'static str,
@@ -215,7 +215,10 @@ impl Output {
             None if target.is_empty() => return Ok([None, None]),
             None => Self::open_path(target).map(Self::for_both),
             Some(("file", path)) => Self::create_file(path).map(Self::for_both),
-            Some(("binary", program)) => Self::start_program(program, owner).await,
+            Some(("binary", program)) => Self::start_program(program, owner, Ready::Closes).await,
+            Some(("binary-v2", program)) => {
+                Self::start_program(program, owner, Ready::Writes).await
+            }
             Some((scheme, _)) => {
                 return Err(Error::Scheme {
                     stream,
@@ -242,13 +245,17 @@ impl Output {
         [Some(output.clone()), Some(output)]
     }
 
-    async fn start_program(program: &str, owner: &Owner) -> io::Result<[Option<Arc<Self>>; 2]> {
+    async fn start_program(
+        program: &str,
+        owner: &Owner,
+        ready: Ready,
+    ) -> io::Result<[Option<Arc<Self>>; 2]> {
         let pipe = |writer| {
             let writer = register(writer, Interest::WRITABLE)?;
             let held = None;
             Ok::<_, io::Error>(Some(Arc::new(Self::Pipe(Pipe { writer, held }))))
         };
-        let (out, error) = logger::start(program, owner).await?;
+        let (out, error) = logger::start(program, owner, ready).await?;
         Ok([pipe(out)?, pipe(error)?])
     }
 
@@ -284,7 +291,16 @@ impl Output {
         }
         match OpenOptions::new().append(true).create_new(true).open(path) {
             // Perhaps a FIFO without a reader, for which nothing here may wait.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Self::open_path(path),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                match Self::open_path(path) {
+                    // There is a link, and not yet what it leads to.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                        let file = OpenOptions::new().append(true).create(true).open(path);
+                        file.map(Self::File)
+                    }
+                    opened => opened,
+                }
+            }
             file => file.map(Self::File),
         }
     }

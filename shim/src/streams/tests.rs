@@ -231,6 +231,19 @@ async fn two_outputs_may_share_a_file() {
 }
 
 #[tokio::test]
+async fn a_link_to_a_file_that_is_not_there_yet_makes_it() {
+    let mut host = Host::new(&[]);
+    std::os::unix::fs::symlink("target", host.path("link")).unwrap();
+    host.stdio.stdout = format!("file://{}", host.path("link").display());
+    let (streams, mut guests) = host.copy().await;
+    guests[0].write_all(b"out\n").await.unwrap();
+    guests.clear();
+    streams.drained().await;
+    let text = std::fs::read_to_string(host.path("target")).unwrap();
+    assert_eq!(text, "out\n");
+}
+
+#[tokio::test]
 async fn what_is_called_a_file_may_be_a_fifo_that_nobody_reads_yet() {
     let mut host = Host::new(&["stdout"]);
     let uri = format!("file://{}", host.path("stdout").display());
