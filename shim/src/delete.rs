@@ -3,7 +3,8 @@
 //! It is called for every task of a pod, in parallel, also repeatedly, for tasks that were never made, and for each that the shim has deleted
 //! on request. So the shim may well live, and have other tasks. What `delete` does not find is not there to be cleaned up.
 
-use std::io;
+use std::cell::RefCell;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -50,6 +51,9 @@ const HOOKED: Duration = Duration::from_millis(4500);
 /// How long a shim that ends may take to take its socket away, which is the first thing that it does.
 const LEAVE_PATIENCE: Duration = Duration::from_millis(250);
 
+/// How long containerd waits.
+const LIMIT: Duration = Duration::from_secs(5);
+
 /// Why something was left behind.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -79,20 +83,22 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, Error> {
         Some(bundle) => bundle.clone(),
         None => std::env::current_dir().map_err(failed("find", "the current directory"))?,
     };
-    let clock = Clock(Instant::now());
+    let clock = Clock::default();
     let mut response = None;
     let cleaned = match State::read(&bundle) {
         // The bundle of the shim's first task, which knows how to end the shim.
         Ok(Some(state)) => {
-            let asked = ask_shim(&state.socket, &args.id, Some(state.shim), clock);
+            let asked = ask_shim(&state.socket, &args.id, Some(state.shim), &clock);
             let standing = standing(&asked, &state.socket, &bundle);
+            clock.note("shim asked");
             response = asked.response();
-            end_shim(&state, standing, &bundle, clock)
+            end_shim(&state, standing, &bundle, &clock)
         }
         // One of the others, which a shim that lives still has.
         Ok(None) => match socket_of(&bundle) {
             Some(socket) => {
-                response = ask_shim(&socket, &args.id, None, clock).response();
+                response = ask_shim(&socket, &args.id, None, &clock).response();
+                clock.note("shim asked");
                 remove_dead_socket(&socket).map_err(failed("remove", socket))
             }
             None => Ok(()),
@@ -100,9 +106,12 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, Error> {
         Err(source) => Err(failed("read the shim's state in", &bundle)(source)),
     };
     let unmounted = unmount(&bundle.join("rootfs"));
+    clock.note("unmounted");
     if response.is_none() {
         run_hooks(&bundle, &args.id, clock.left(HOOKED));
+        clock.note("hooks ended");
     }
+    clock.complain();
     cleaned.and(unmounted)?;
     let exit = Exit::now(KILLED);
     response
@@ -116,13 +125,40 @@ pub fn delete(args: &Args) -> Result<Vec<u8>, Error> {
 }
 
 /// The one clock of all steps.
-#[derive(Debug, Clone, Copy)]
-struct Clock(Instant);
+#[derive(Debug)]
+struct Clock {
+    begin: Instant,
+    /// What was done, and when.
+    notes: RefCell<Vec<(&'static str, Duration)>>,
+}
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self {
+            begin: Instant::now(),
+            notes: RefCell::default(),
+        }
+    }
+}
 
 impl Clock {
     /// How long it is until a moment that is counted from the beginning.
-    fn left(self, moment: Duration) -> Duration {
-        moment.saturating_sub(self.0.elapsed())
+    fn left(&self, moment: Duration) -> Duration {
+        moment.saturating_sub(self.begin.elapsed())
+    }
+
+    fn note(&self, what: &'static str) {
+        self.notes.borrow_mut().push((what, self.begin.elapsed()));
+    }
+
+    /// Tells what took longer than containerd waits: the host's kernel, as all else is bounded.
+    fn complain(&self) {
+        let taken = self.begin.elapsed();
+        if taken > LIMIT {
+            // containerd logs it. Perhaps nobody listens any more.
+            let notes = self.notes.borrow();
+            let _ = writeln!(io::stderr(), "delete took {taken:?}: {notes:?}");
+        }
     }
 }
 
@@ -171,19 +207,23 @@ fn disappears(socket: &Path) -> bool {
 }
 
 /// Ends a shim that nobody needs, and with it the machine, and removes what they leave, also of what joined it to its network.
-fn end_shim(state: &State, standing: Standing, bundle: &Path, clock: Clock) -> Result<(), Error> {
+fn end_shim(state: &State, standing: Standing, bundle: &Path, clock: &Clock) -> Result<(), Error> {
     match standing {
         Standing::Needed => return Ok(()),
         Standing::Ending => state.shim.wait(clock.left(ENDED)),
         Standing::Silent => {}
     }
     let killed = state.shim.kill(clock.left(KILLED_BY)).map_err(Error::Kill);
+    clock.note("shim killed");
     let removed = match &state.cgroup {
         Some(directory) => cgroup::remove(directory, clock.left(KILLED_BY)).map_err(Error::Cgroup),
         None => Ok(()),
     };
+    clock.note("control group removed");
     let socket = remove_dead_socket(&state.socket).map_err(failed("remove", &state.socket));
+    clock.note("socket removed");
     let disconnected = network::disconnect(bundle).map_err(Error::Network);
+    clock.note("network disconnected");
     killed.and(removed).and(socket).and(disconnected)
 }
 
@@ -235,7 +275,7 @@ impl Asked {
 }
 
 /// Has a shim that lives, and is the one that is `meant`, end and delete one of its containers; and itself, if that was the last.
-fn ask_shim(socket: &Path, id: &str, meant: Option<ProcessId>, clock: Clock) -> Asked {
+fn ask_shim(socket: &Path, id: &str, meant: Option<ProcessId>, clock: &Clock) -> Asked {
     let ask = async {
         let connect = async {
             let stream = UnixStream::connect(socket).await.ok()?;

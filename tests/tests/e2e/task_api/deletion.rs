@@ -35,7 +35,8 @@ fn delete(peer: &Peer, bundle: &Bundle) -> String {
     let before = Instant::now();
     let output = peer.call(bundle, &["-bundle", &path, "delete"]).unwrap();
     let taken = before.elapsed();
-    assert!(taken < LIMIT, "{}: {taken:?}", bundle.id);
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(taken < LIMIT, "{}: {taken:?}: {words}", bundle.id);
     if !output.status.success() {
         return "delete: fails".into();
     }
