@@ -278,7 +278,7 @@ fn a_limit_of_processes_holds() {
 fn seccomp_decides_as_it_is_told() {
     let world = World::new().unwrap();
     let script = "mkdir /tmp/d; echo $?; (chmod 1 /tmp); echo $?; (sync); echo $?; rmdir /tmp 2>/dev/null; hostname x; echo $?; ln -s a /tmp/l; echo $?
-        renice -n 1 -p $$; echo $?; renice -n 2 -p $$; echo $?; grep Seccomp: /proc/self/status";
+        renice -n 1 -p $$; echo $?; renice -n 2 -p $$; echo $?; (nproc); echo $?; mkfifo /tmp/f 2>/dev/null; echo $?; grep Seccomp: /proc/self/status";
     for no_new_privileges in [true, false] {
         both(&world, script, |bundle| {
             set(bundle, "/process/noNewPrivileges", json!(no_new_privileges));
@@ -292,6 +292,8 @@ fn seccomp_decides_as_it_is_told() {
                         {"names": ["chmod", "fchmodat", "fchmodat2"], "action": "SCMP_ACT_KILL_PROCESS"},
                         {"names": ["sync"], "action": "SCMP_ACT_TRAP"},
                         {"names": ["rmdir"], "action": "SCMP_ACT_LOG"},
+                        {"names": ["sched_getaffinity"], "action": "SCMP_ACT_KILL_THREAD"},
+                        {"names": ["mknod", "mknodat"], "action": "SCMP_ACT_TRACE"},
                         {"names": ["symlink", "symlinkat", "no_such_call"], "action": "SCMP_ACT_ERRNO"},
                         {"names": ["setpriority"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1, "args": [{"index": 2, "value": 2, "op": "SCMP_CMP_EQ"}]},
                     ],
@@ -402,7 +404,7 @@ fn what_runc_of_the_nodes_age_does_not_know_holds_too() {
             bundle,
             "/linux/seccomp",
             json!({
-                "defaultAction": "SCMP_ACT_ALLOW", "flags": ["SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_SPEC_ALLOW"],
+                "defaultAction": "SCMP_ACT_ALLOW", "flags": ["SECCOMP_FILTER_FLAG_TSYNC", "SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_SPEC_ALLOW"],
                 "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28}],
             }),
         );

@@ -1,7 +1,7 @@
 //! More processes in a container, and what is told of them.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -36,6 +36,10 @@ fn processes_join_containers_as_under_runc() {
         ("propagation_of_the_root", propagation_of_the_root),
         ("hooks", hooks),
         ("hooks_that_fail", hooks_that_fail),
+        (
+            "hook_of_the_host_in_the_container",
+            hook_of_the_host_in_the_container,
+        ),
     ]);
 }
 
@@ -631,6 +635,23 @@ fn hooks(pod: &Pod, id: &str) -> Notes {
     let deleted = pod.shim.delete(id, "");
     step(&mut notes, format!("delete {}", code(&deleted)));
     notes
+}
+
+/// A hook that runs in the container's namespaces, whose program only the host has.
+fn hook_of_the_host_in_the_container(pod: &Pod, id: &str) -> Notes {
+    let program = pod.peer.path(&format!("{id}-hook"));
+    fs::write(&program, "#!/bin/sh\n").unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let change = |config: &mut Value| {
+        config["hooks"]["createContainer"] = json!([{"path": program}]);
+    };
+    let kind = Kind::Member(&pod.sandbox.id);
+    let bundle = pod.peer.bundle(id, kind, &["true"], change).unwrap();
+    let created = pod.shim.create(&bundle, &Paths::default());
+    if created.is_ok() {
+        pod.shim.delete(id, "").unwrap();
+    }
+    vec![format!("create: {}", code(&created))]
 }
 
 fn hooks_that_fail(pod: &Pod, id: &str) -> Notes {
