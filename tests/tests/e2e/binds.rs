@@ -41,7 +41,7 @@ fn files_and_trees_of_the_host_are_there() {
     let words = at("words");
     fs::write(&words, "").unwrap();
     let binds = [
-        (tree.as_path(), "/tree", "rbind:ro"),
+        (tree.as_path(), "/tree", "rbind:rro"),
         (&resolv, "/etc/resolv.conf", "rbind:ro"),
         (&hosts, "/etc/hosts", "rbind:rprivate:rw"),
         (&words, "/dev/termination-log", "rbind:rprivate:rw"),
