@@ -19,6 +19,9 @@ const GUEST_SHARE: u64 = 32;
 /// A processor's worth of CPU shares.
 const SHARES_PER_CPU: u64 = 1024;
 
+/// The period of a processor quota that comes without one, in microseconds: the kernel's.
+const DEFAULT_PERIOD: u64 = 100_000;
+
 const MIB: u64 = 1 << 20;
 
 const SANDBOX_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
@@ -140,7 +143,7 @@ impl Limits {
         ];
         if keys.iter().any(|&key| annotations.contains_key(key)) {
             return Ok(Self {
-                cpu: number(SANDBOX_QUOTA)?.zip(number(SANDBOX_PERIOD)?),
+                cpu: quota_in(number(SANDBOX_QUOTA)?, number(SANDBOX_PERIOD)?),
                 shares: number(SANDBOX_SHARES)?,
                 memory: number(SANDBOX_MEMORY)?,
                 pod: true,
@@ -152,13 +155,18 @@ impl Limits {
         Ok(Self {
             cpu: cpu.and_then(|cpu| {
                 let period = cpu.period().filter(|&period| period > 0);
-                cpu.quota().and_then(positive).zip(period)
+                quota_in(cpu.quota().and_then(positive), period)
             }),
             shares: cpu.and_then(|cpu| cpu.shares()),
             memory: memory.and_then(|memory| memory.limit()).and_then(positive),
             pod: false,
         })
     }
+}
+
+/// A quota of processor time, and the period that it is for.
+fn quota_in(quota: Option<u64>, period: Option<u64>) -> Option<(u64, u64)> {
+    quota.map(|quota| (quota, period.unwrap_or(DEFAULT_PERIOD)))
 }
 
 fn vcpus(limits: &Limits, config: &Config, host: Host) -> Result<u8, Error> {
@@ -278,6 +286,10 @@ mod tests {
             ));
             assert_eq!(size.unwrap().vcpus, vcpus, "{quota}/{period}");
         }
+        for cpu in [r#"{"quota":200001}"#, r#"{"quota":200001,"period":0}"#] {
+            let size = single(&format!(r#"{{"cpu":{cpu}}}"#));
+            assert_eq!(size.unwrap().vcpus, 3, "{cpu}");
+        }
         assert_eq!(single(r#"{"cpu":{"shares":2049}}"#).unwrap().vcpus, 3);
         assert_eq!(single(r#"{"cpu":{"shares":1048576}}"#).unwrap().vcpus, 8);
     }
@@ -319,6 +331,8 @@ mod tests {
         assert_eq!(size.unwrap().memory_mib, 512);
         let size = pod(r#"{"io.kubernetes.cri.sandbox-cpu-shares":"4096"}"#);
         assert_eq!(size.unwrap().vcpus, 4);
+        let size = pod(r#"{"io.kubernetes.cri.sandbox-cpu-quota":"200001"}"#);
+        assert_eq!(size.unwrap().vcpus, 3);
     }
 
     #[test]
