@@ -130,9 +130,6 @@ impl Error {
             }
             Self::Sizing(error) => match error {
                 sizing::Error::Annotation { .. } => Code::INVALID_ARGUMENT,
-                sizing::Error::Cpus { .. } | sizing::Error::Memory { .. } => {
-                    Code::RESOURCE_EXHAUSTED
-                }
                 sizing::Error::Host(_) => Code::INTERNAL,
             },
             Self::Cgroup(error) => match error {

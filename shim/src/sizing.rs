@@ -53,29 +53,9 @@ pub enum Error {
     /// A limit is no number.
     #[error("annotation {key} is {value:?}, which is no number")]
     Annotation { key: &'static str, value: String },
-    /// More processors are asked for than there are.
-    #[error("{requested} CPUs are asked for, but {}; lower the container's CPU limit", too_few(*.host))]
-    Cpus { requested: u64, host: u64 },
-    /// More memory is asked for than there is.
-    #[error(
-        "{requested_mib} MiB of memory are asked for, which makes a machine of {machine_mib} MiB, but the host has {host_mib} MiB; lower the container's memory limit"
-    )]
-    Memory {
-        requested_mib: u64,
-        machine_mib: u64,
-        host_mib: u64,
-    },
     /// The host's size is unknown.
     #[error("cannot find out how many CPUs or how much memory the host has: {0}")]
     Host(nix::errno::Errno),
-}
-
-fn too_few(host: u64) -> String {
-    if host > MAX_VCPUS.into() {
-        format!("a machine has at most {MAX_VCPUS}")
-    } else {
-        format!("the host has {host}")
-    }
 }
 
 impl Host {
@@ -90,7 +70,8 @@ impl Host {
     }
 }
 
-/// Limits as they were asked for: `None` where there is no limit.
+/// Limits as they were asked for: `None` where there is no limit. One may be above what the host has, as a limit promises nothing, and a
+/// pod's are sums over its containers: the machine is cut down to the host, and the limit stays in the guest as it is.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Limits {
     /// Quota and period, in microseconds.
@@ -98,9 +79,6 @@ struct Limits {
     shares: Option<u64>,
     /// In bytes.
     memory: Option<u64>,
-    /// A pod's limits are sums over its containers. A cluster may allow more of them than the node has, so they are cut
-    /// down to the host instead of refused.
-    pod: bool,
 }
 
 /// Finds the size of the machine for a sandbox or single container, from its annotations and its `linux.resources`.
@@ -112,8 +90,8 @@ pub fn size(
 ) -> Result<Size, Error> {
     let limits = Limits::of(annotations, resources)?;
     Ok(Size {
-        vcpus: vcpus(&limits, config, host)?,
-        memory_mib: memory(&limits, config, host)?,
+        vcpus: vcpus(&limits, config, host),
+        memory_mib: memory(&limits, config, host),
     })
 }
 
@@ -146,7 +124,6 @@ impl Limits {
                 cpu: quota_in(number(SANDBOX_QUOTA)?, number(SANDBOX_PERIOD)?),
                 shares: number(SANDBOX_SHARES)?,
                 memory: number(SANDBOX_MEMORY)?,
-                pod: true,
             });
         }
         let positive = |number: i64| u64::try_from(number).ok().filter(|&number| number > 0);
@@ -159,7 +136,6 @@ impl Limits {
             }),
             shares: cpu.and_then(|cpu| cpu.shares()),
             memory: memory.and_then(|memory| memory.limit()).and_then(positive),
-            pod: false,
         })
     }
 }
@@ -169,48 +145,28 @@ fn quota_in(quota: Option<u64>, period: Option<u64>) -> Option<(u64, u64)> {
     quota.map(|quota| (quota, period.unwrap_or(DEFAULT_PERIOD)))
 }
 
-fn vcpus(limits: &Limits, config: &Config, host: Host) -> Result<u8, Error> {
-    let most = host.cpus.clamp(1, MAX_VCPUS.into());
+fn vcpus(limits: &Limits, config: &Config, host: Host) -> u8 {
     let wanted = match (limits.cpu, limits.shares) {
-        (Some((quota, period)), _) => {
-            let requested = quota.div_ceil(period);
-            if requested > most && !limits.pod {
-                return Err(Error::Cpus {
-                    requested,
-                    host: host.cpus,
-                });
-            }
-            requested
-        }
+        (Some((quota, period)), _) => quota.div_ceil(period),
         // Without a limit the shares are what the container may count on.
         (None, Some(shares)) => shares
             .div_ceil(SHARES_PER_CPU)
             .max(config.default_vcpus.into()),
         (None, None) => config.default_vcpus.into(),
     };
+    let most = host.cpus.clamp(1, MAX_VCPUS.into());
     // At most MAX_VCPUS, which is a u8.
-    Ok(u8::try_from(wanted.clamp(1, most)).unwrap_or(MAX_VCPUS))
+    u8::try_from(wanted.clamp(1, most)).unwrap_or(MAX_VCPUS)
 }
 
-fn memory(limits: &Limits, config: &Config, host: Host) -> Result<u32, Error> {
+fn memory(limits: &Limits, config: &Config, host: Host) -> u32 {
     let wanted = match limits.memory {
         None => config.default_memory_mib.into(),
-        Some(bytes) => {
-            let requested_mib = bytes.div_ceil(MIB);
-            let machine_mib = machine(requested_mib);
-            if machine_mib > host.memory_mib && !limits.pod {
-                return Err(Error::Memory {
-                    requested_mib,
-                    machine_mib,
-                    host_mib: host.memory_mib,
-                });
-            }
-            machine_mib
-        }
+        Some(bytes) => machine(bytes.div_ceil(MIB)),
     };
     let least = u64::from(MIN_MEMORY_MIB);
     let cut = wanted.min(host.memory_mib).max(least);
-    Ok(u32::try_from(cut).unwrap_or(u32::MAX))
+    u32::try_from(cut).unwrap_or(u32::MAX)
 }
 
 /// The memory of a machine, in MiB, in which containers can use `containers` MiB; even, for the sake of huge pages.
@@ -336,39 +292,30 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_may_be_promised_more_than_the_node_has() {
+    fn more_may_be_allowed_than_the_host_has() {
+        let whole = Size {
+            vcpus: 8,
+            memory_mib: 16 * 1024,
+        };
         let size = pod(
             r#"{"io.kubernetes.cri.sandbox-cpu-quota":"6400000","io.kubernetes.cri.sandbox-cpu-period":"100000",
                 "io.kubernetes.cri.sandbox-memory":"1099511627776"}"#,
-        )
-        .unwrap();
-        assert_eq!((size.vcpus, size.memory_mib), (8, 16 * 1024));
-    }
-
-    #[test]
-    fn a_container_that_asks_for_more_than_the_host_has_is_told() {
-        let error = single(r#"{"cpu":{"quota":900000,"period":100000}}"#).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "9 CPUs are asked for, but the host has 8; lower the container's CPU limit"
         );
-        let error = single(r#"{"memory":{"limit":17179869184}}"#).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "16384 MiB of memory are asked for, which makes a machine of 16980 MiB, but the host has 16384 MiB; \
-             lower the container's memory limit"
-        );
+        assert_eq!(size.unwrap(), whole);
+        // The last needs more than the host has with what the guest needs for itself only.
+        for limit in [i64::MAX, 1 << 40, 16 << 30] {
+            let size = single(&format!(
+                r#"{{"cpu":{{"quota":{},"period":1}},"memory":{{"limit":{limit}}}}}"#,
+                i64::MAX
+            ));
+            assert_eq!(size.unwrap(), whole, "{limit}");
+        }
         let large = Host { cpus: 64, ..HOST };
         let limits = Limits {
             cpu: Some((33, 1)),
             ..Limits::default()
         };
-        let error = vcpus(&limits, &Config::default(), large).unwrap_err();
-        assert!(
-            error.to_string().contains("a machine has at most 32"),
-            "{error}"
-        );
-        assert!(single(&format!(r#"{{"memory":{{"limit":{}}}}}"#, i64::MAX)).is_err());
+        assert_eq!(vcpus(&limits, &Config::default(), large), MAX_VCPUS);
     }
 
     #[test]

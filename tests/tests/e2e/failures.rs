@@ -217,34 +217,6 @@ fn a_configuration_that_is_not_understood_is_refused() {
 }
 
 #[test]
-fn more_than_the_host_has_is_refused() {
-    let world = World::new().unwrap();
-    let table = [
-        (
-            ["--memory-limit", "1099511627776"],
-            ["1048576 MiB", "the host has"],
-        ),
-        (
-            ["--cpus", "64"],
-            ["64 CPUs", "lower the container's CPU limit"],
-        ),
-    ];
-    for (options, words) in table {
-        let container = world.container(Runtime::Bulkhead, "busybox").unwrap();
-        let outcome = container.options(options).run(&["true"]).output().unwrap();
-        assert_ne!(outcome.code, 0, "{options:?}");
-        for word in words {
-            assert!(
-                outcome.stderr.contains(word),
-                "no {word:?} in: {}",
-                outcome.stderr
-            );
-        }
-    }
-    world.finish().unwrap();
-}
-
-#[test]
 fn a_full_disk_is_told() {
     let world = World::new().unwrap();
     // Nothing fits; the scratch disk's template does, but no layer.

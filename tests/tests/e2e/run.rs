@@ -105,6 +105,23 @@ fn a_container_gets_the_memory_that_it_was_promised() {
 }
 
 #[test]
+fn limits_may_be_above_what_the_host_has() {
+    let world = World::new().unwrap();
+    for runtime in [Runtime::Runc, Runtime::Bulkhead] {
+        let container = world.container(runtime, "busybox").unwrap();
+        let text = container
+            .options(["--memory-limit", "1099511627776", "--cpus", "64"])
+            .run(&["sh", "-c", "cd /sys/fs/cgroup && cat memory.max cpu.max"])
+            .output()
+            .unwrap()
+            .success()
+            .unwrap();
+        assert_eq!(text, "1099511627776\n6400000 100000\n", "{runtime:?}");
+    }
+    world.finish().unwrap();
+}
+
+#[test]
 fn a_killed_container_is_gone() {
     let world = World::new().unwrap();
     for (signal, code) in [("SIGKILL", 137), ("SIGUSR1", 138)] {
