@@ -1,4 +1,5 @@
-//! The processors of the host that a machine may run on: those that its containers' `linux.resources.cpu.cpus` name.
+//! The processors of the host that a machine may run on: those that its containers' `linux.resources.cpu.cpus` name, or `cpuset.cpus` in
+//! their `linux.resources.unified`.
 //!
 //! A guest numbers its processors for itself, so a container that may use the host's processors 4 and 5 is not told so: the
 //! threads of its machine stay there. The machine of a pod may run wherever one of its containers may.
@@ -19,14 +20,16 @@ const NODES: &str = "/sys/devices/system/node/online";
 /// Why a container's processors or memory nodes cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("linux.resources.cpu.{field} is {list:?}: expected numbers and ranges like 0-3,6")]
+    #[error(
+        "linux.resources.cpu.{field} (or cpuset.{field} in unified) is {list:?}: expected numbers and ranges like 0-3,6"
+    )]
     List { field: &'static str, list: String },
     #[error(
-        "linux.resources.cpu.cpus is {list:?}: the machine's threads cannot run there: {source}; name processors that the host has"
+        "linux.resources.cpu.cpus (or cpuset.cpus in unified) is {list:?}: the machine's threads cannot run there: {source}; name processors that the host has"
     )]
     Pin { list: String, source: io::Error },
     #[error(
-        "linux.resources.cpu.mems is {0:?}: a microVM's memory cannot be kept to some of the host's nodes; leave it out, or name all of them"
+        "linux.resources.cpu.mems (or cpuset.mems in unified) is {0:?}: a microVM's memory cannot be kept to some of the host's nodes; leave it out, or name all of them"
     )]
     Nodes(String),
 }

@@ -19,7 +19,7 @@ use crate::backing::{self, Backing};
 use crate::hooks::{Hooks, Stage, Subject};
 use crate::rootfs::binds::Bind;
 
-use resources::guest_resources;
+use resources::{for_host, guest_resources};
 
 /// Settings of the kernel and their values (`linux.sysctl`).
 pub type Sysctls = HashMap<String, String>;
@@ -102,9 +102,9 @@ impl<'a> Spec<'a> {
         Ok([now, late])
     }
 
-    /// The limits.
+    /// The limits, as the host reads them.
     pub fn resources(&self) -> Result<Option<LinuxResources>, Error> {
-        part(&self.linux, "resources")
+        Ok(part(&self.linux, "resources")?.map(for_host))
     }
 
     /// The network namespace on the host: one that is there, or a new one (`None`).
@@ -543,9 +543,14 @@ mod tests {
     #[test]
     fn limits_are_in_the_guests_terms() {
         let mut limited = config();
-        limited["linux"]["resources"] = json!({"cpu": {"cpus": "4-7", "quota": 5}});
-        let expected = json!({"cpu": {"quota": 5}});
+        limited["linux"]["resources"] =
+            json!({"cpu": {"cpus": "4-7", "quota": 5}, "unified": {"cpuset.cpus": "2"}});
+        let expected = json!({"cpu": {"quota": 5}, "unified": {}});
         assert_eq!(guest(&limited).unwrap()["linux"]["resources"], expected);
+        let text = limited.to_string();
+        let resources = Spec::parse(text.as_bytes()).unwrap().resources().unwrap();
+        let cpu = resources.unwrap().cpu().clone().unwrap();
+        assert_eq!(cpu.cpus().as_deref(), Some("2"));
     }
 
     #[test]

@@ -26,6 +26,9 @@ const PER_DEVICE: [&str; 3] = ["io.bfq.weight", "io.latency", "io.max"];
 /// Fields of `linux.resources.cpu` that the machine's affinity takes care of.
 const HOST_NUMBERS: [&str; 2] = ["cpus", "mems"];
 
+/// The files of `linux.resources.unified` that mean the same as these fields.
+const CPUSET: [&str; 2] = ["cpuset.cpus", "cpuset.mems"];
+
 /// A limit of one device.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct DeviceLimit {
@@ -36,9 +39,57 @@ struct DeviceLimit {
     limit: BTreeMap<String, Value>,
 }
 
-/// The resources of an update.
+/// The resources of an update, as the host reads them.
 pub fn resources(json: &[u8]) -> Result<LinuxResources, Error> {
-    serde_json::from_slice(json).map_err(json_error("resources"))
+    serde_json::from_slice(json)
+        .map(for_host)
+        .map_err(json_error("resources"))
+}
+
+/// Resources as the host reads them: what `unified` says of the machine's size and place is in the fields that mean the same. It has the
+/// last word, as it is written last. What cannot be read is left to the guest's kernel, which refuses it.
+pub(super) fn for_host(mut resources: LinuxResources) -> LinuxResources {
+    let Some(unified) = resources.unified_mut().take() else {
+        return resources;
+    };
+    let said = |file: &str| {
+        let value = unified.get(file).map(|value| value.trim());
+        value.filter(|value| !value.is_empty())
+    };
+    if let Some(limit) = said("memory.max").and_then(amount) {
+        let memory = resources.memory_mut().get_or_insert_default();
+        memory.set_limit(Some(limit));
+    }
+    let cpu = resources.cpu_mut().get_or_insert_default();
+    let mut max = said("cpu.max").into_iter().flat_map(str::split_whitespace);
+    if let Some(quota) = max.next().and_then(amount) {
+        cpu.set_quota(Some(quota));
+    }
+    if let Some(period) = max.next().and_then(|period| period.parse().ok()) {
+        cpu.set_period(Some(period));
+    }
+    let [cpus, mems] = CPUSET.map(|file| said(file).map(str::to_owned));
+    if cpus.is_some() {
+        cpu.set_cpus(cpus);
+    }
+    if mems.is_some() {
+        cpu.set_mems(mems);
+    }
+    resources
+}
+
+/// What a file of a control group is told: a number, perhaps with a unit, or that there is no limit, for which the fields have -1.
+fn amount(text: &str) -> Option<i64> {
+    if text == "max" {
+        return Some(-1);
+    }
+    let mut found = "KMGTPE".chars().zip(1..).filter_map(|(unit, power)| {
+        let digits = text.strip_suffix([unit, unit.to_ascii_lowercase()])?;
+        Some((digits, power))
+    });
+    let (digits, power) = found.next().unwrap_or((text, 0));
+    let number: i64 = digits.parse().ok()?;
+    Some(number.saturating_mul(1 << (10 * power)))
 }
 
 /// The text of an update's resources for the guest.
@@ -83,6 +134,9 @@ pub(super) fn guest_resources<'a>(
     }
     let unified: Option<BTreeMap<String, String>> = part(&resources, "unified")?.flatten();
     if let Some(mut unified) = unified {
+        for file in CPUSET {
+            unified.remove(file);
+        }
         for (file, value) in &mut unified {
             if PER_DEVICE.contains(&file.as_str()) {
                 *value = guest_lines(file, value, backing)?;
@@ -172,10 +226,52 @@ mod tests {
     }
 
     #[test]
+    fn the_host_reads_what_is_unified() {
+        let read = |json: Value| resources(json.to_string().as_bytes()).unwrap();
+        for (unified, fields) in [
+            (
+                json!({"memory.max": "64M\n", "cpu.max": "250000 50000"}),
+                json!({"memory": {"limit": 64 << 20}, "cpu": {"quota": 250_000, "period": 50_000}}),
+            ),
+            (
+                json!({"memory.max": "max", "cpu.max": "max"}),
+                json!({"memory": {"limit": -1}, "cpu": {"quota": -1}}),
+            ),
+            (
+                json!({"memory.max": "9e", "cpu.max": "7"}),
+                json!({"memory": {"limit": i64::MAX}, "cpu": {"quota": 7}}),
+            ),
+            (
+                json!({"cpuset.cpus": "4-7", "cpuset.mems": "0"}),
+                json!({"cpu": {"cpus": "4-7", "mems": "0"}}),
+            ),
+            (
+                json!({"memory.max": "many", "cpu.max": "", "cpuset.cpus": "", "memory.high": "5"}),
+                json!({"cpu": {}}),
+            ),
+        ] {
+            let found = read(json!({"unified": unified}));
+            assert_eq!(found, read(fields), "{unified}");
+        }
+        // What it does not say is said elsewhere.
+        let both = json!({
+            "cpu": {"shares": 3, "quota": 1, "period": 2, "cpus": "1"}, "memory": {"limit": 1, "swap": 2},
+            "unified": {"cpu.max": "5", "memory.max": "6", "cpuset.cpus": "7"},
+        });
+        let expected = json!({
+            "cpu": {"shares": 3, "quota": 5, "period": 2, "cpus": "7"}, "memory": {"limit": 6, "swap": 2},
+        });
+        assert_eq!(read(both), read(expected));
+    }
+
+    #[test]
     fn the_guest_gets_no_numbers_of_the_hosts_processors() {
-        let limited =
-            json!({"cpu": {"cpus": "4-7", "mems": "0", "quota": 5}, "pids": {"limit": 3}});
-        let expected = json!({"cpu": {"quota": 5}, "pids": {"limit": 3}});
+        let limited = json!({
+            "cpu": {"cpus": "4-7", "mems": "0", "quota": 5}, "pids": {"limit": 3},
+            "unified": {"cpuset.cpus": "4-7", "cpuset.mems": "0", "memory.max": "5"},
+        });
+        let expected =
+            json!({"cpu": {"quota": 5}, "pids": {"limit": 3}, "unified": {"memory.max": "5"}});
         let text = limited.to_string();
         let update = resources_for_guest(text.as_bytes(), &Backing::default()).unwrap();
         assert_eq!(serde_json::from_slice::<Value>(&update).unwrap(), expected);

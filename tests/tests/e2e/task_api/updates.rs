@@ -70,6 +70,11 @@ fn a_refused_update_changes_nothing() {
         assert!(refused.contains(words), "{resources}: {refused}");
         assert_eq!(state(), before, "{resources}");
     }
+    // One that is not refused does: processors by either name are the host's.
+    let unified = json!({"unified": {"cpuset.cpus": one, "cpuset.mems": ""}});
+    pod.shim.update("c", &unified).unwrap();
+    assert_eq!(state().0, before.0);
+    assert_eq!(processors().count(), 1);
     pod.remove("c");
     pod.end();
     world.finish().unwrap();
