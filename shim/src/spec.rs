@@ -141,13 +141,13 @@ impl<'a> Spec<'a> {
         Ok(Hooks { programs, subject })
     }
 
-    /// What is bound of the host's files.
-    pub fn binds(&self) -> Result<Vec<Bind>, Error> {
+    /// What is bound of the host's files. A source that is no absolute path is one in the container's bundle.
+    pub fn binds(&self, bundle: &Path) -> Result<Vec<Bind>, Error> {
         let mounts: Vec<Mount> = part(&self.fields, "mounts")?.unwrap_or_default();
         let mounts = mounts.iter().filter(|mount| is_of_host(mount));
         Ok(mounts
             .map(|mount| Bind {
-                source: mount.source().clone().unwrap_or_default(),
+                source: bundle.join(mount.source().as_deref().unwrap_or(Path::new(""))),
                 destination: mount.destination().clone(),
                 read_only: is_read_only(mount),
             })
@@ -258,6 +258,8 @@ fn is_of_host(mount: &Mount) -> bool {
 /// The size in bytes of the host's tmpfs that is bound where programs expect memory to share. A guest has its own, as large.
 fn shared_memory(mount: &Mount) -> Option<u64> {
     let source = mount.source().as_deref();
+    // What is in a bundle is the container's, though bundles are on a tmpfs, too.
+    let source = source.filter(|source| source.is_absolute());
     let source = source.filter(|_| mount.destination() == Path::new("/dev/shm"))?;
     let found = rustix::fs::statfs(source).ok()?;
     let size = found.f_blocks.checked_mul(found.f_bsize.try_into().ok()?)?;
@@ -500,14 +502,23 @@ mod tests {
         mount["mounts"][0] =
             json!({"destination": "/mnt", "source": "/data", "options": ["rbind", "rw", "ro"]});
         let text = mount.to_string();
-        let binds = Spec::parse(text.as_bytes()).unwrap().binds().unwrap();
+        let binds = |text: &str| Spec::parse(text.as_bytes())?.binds(Path::new("/bundle"));
+        let expected = |source: &str, destination: &str| Bind {
+            source: source.into(),
+            destination: destination.into(),
+            read_only: true,
+        };
+        assert_eq!(binds(&text).unwrap(), [expected("/data", "/mnt")]);
+        // Those of the bundle, wherever the shim is.
+        let mut relative = mount.clone();
+        relative["mounts"][0]["source"] = json!("data/file");
+        relative["mounts"][1]["source"] = json!("shm");
         assert_eq!(
-            binds,
-            [Bind {
-                source: "/data".into(),
-                destination: "/mnt".into(),
-                read_only: true
-            }]
+            binds(&relative.to_string()).unwrap(),
+            [
+                expected("/bundle/data/file", "/mnt"),
+                expected("/bundle/shm", "/dev/shm")
+            ]
         );
         let guest = guest(&mount).unwrap();
         assert_eq!(guest["mounts"][0]["source"], "/there");

@@ -76,7 +76,7 @@ fn what_is_the_hosts_is_done_there() {
             }
             // Replaced.
             "mounts[].source" => {
-                let binds = spec.binds().unwrap();
+                let binds = spec.binds(Path::new("/bundle")).unwrap();
                 assert_eq!(json!(binds[0].source), *asked());
                 assert_eq!(guest.pointer(&pointer), Some(&json!("/there")));
             }

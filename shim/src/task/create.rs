@@ -74,7 +74,7 @@ impl Tasks {
         let (for_guest, binds) = match kind {
             Kind::Sandbox => (Vec::new(), Binds::default()),
             Kind::Member | Kind::Single => {
-                let binds = Binds::open(spec.binds()?).map_err(rootfs::Error::from)?;
+                let binds = Binds::open(spec.binds(&bundle)?).map_err(rootfs::Error::from)?;
                 let owner = |path: &Path| self.owner_of_namespace(path);
                 let for_guest =
                     spec.for_guest(binds.in_guest(), owner, network.is_own, &sysctls, &backing)?;

@@ -34,6 +34,7 @@ fn processes_join_containers_as_under_runc() {
         ("processes_of_the_host", processes_of_the_host),
         ("network_by_path", network_by_path),
         ("propagation_of_the_root", propagation_of_the_root),
+        ("bind_of_the_bundle", bind_of_the_bundle),
         ("hooks", hooks),
         ("hooks_that_fail", hooks_that_fail),
         (
@@ -591,6 +592,28 @@ fn propagation_of_the_root(pod: &Pod, id: &str) -> Notes {
         "runbindable",
     ];
     all.iter().map(found).collect()
+}
+
+/// A source that is no absolute path is in the container's bundle, and not in the one that the shim was started for.
+fn bind_of_the_bundle(pod: &Pod, id: &str) -> Notes {
+    let change = |config: &mut Value| {
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({"destination": "/data", "type": "bind", "source": "data", "options": ["bind", "ro"]}));
+    };
+    let kind = Kind::Member(&pod.sandbox.id);
+    let bundle = pod.peer.bundle(id, kind, &["cat", "/data"], change);
+    let bundle = bundle.unwrap();
+    fs::write(bundle.path.join("data"), "of the bundle").unwrap();
+    let streams = pod.peer.streams(id, None).unwrap();
+    pod.shim.create(&bundle, &streams.paths).unwrap();
+    pod.shim.start(id, "").unwrap();
+    pod.shim.wait(id, "").unwrap();
+    pod.shim.delete(id, "").unwrap();
+    vec![
+        pod.events(id, "delete"),
+        streams.stdout.text().unwrap(),
+        streams.stderr.text().unwrap(),
+    ]
 }
 
 /// The bundle of a container that runs until it is killed, with hooks that write down what they see; the one of this name
