@@ -138,7 +138,9 @@ impl Error {
             },
             Self::Affinity(_) => Code::INVALID_ARGUMENT,
             Self::Rootfs(error) => error.code(),
-            Self::Unsupported(_) => Code::UNIMPLEMENTED,
+            Self::Unsupported(_) | Self::Spec(spec::Error::BlockDevice { .. }) => {
+                Code::UNIMPLEMENTED
+            }
             Self::Io { .. }
             | Self::Stream(_)
             | Self::Entropy(_)

@@ -3,6 +3,7 @@
 //! The parts that the shim has no business with (the seccomp filter is most of the text) are never parsed here and go on as they came, fields
 //! that this version does not know included: it is the agent that carries them out or refuses them.
 
+mod devices;
 mod resources;
 
 use std::borrow::Cow;
@@ -45,6 +46,14 @@ pub enum Error {
         "linux.namespaces: {} is not the network of this microVM, which has one only: give the container that of the microVM's first, or none (an entry without a path), or a microVM of its own", .0.display()
     )]
     ForeignNetwork(PathBuf),
+    #[error(
+        "linux.devices: {} is block device {major}:{minor}, and a microVM cannot reach the host's: remove it, or allow the container all devices (as --privileged does), which makes nodes for the machine's own", path.display()
+    )]
+    BlockDevice {
+        path: PathBuf,
+        major: i64,
+        minor: i64,
+    },
     #[error(transparent)]
     Backing(#[from] backing::Error),
 }
@@ -170,6 +179,7 @@ impl<'a> Spec<'a> {
         sysctls: &Sysctls,
         backing: &Backing,
     ) -> Result<Vec<u8>, Error> {
+        devices::check(&self.linux)?;
         let mut linux = self.linux.clone();
         linux.insert("sysctl".into(), to_text("sysctl", sysctls)?);
         let mut namespaces: Vec<LinuxNamespace> =
@@ -549,6 +559,11 @@ mod tests {
             })
         ));
         assert!(Spec::parse(b"[]").is_err());
+        let mut disk = config();
+        disk["linux"]["devices"] =
+            json!([{"path": "/dev/disk", "type": "b", "major": 8, "minor": 0}]);
+        let refused = guest(&disk);
+        assert!(matches!(refused, Err(Error::BlockDevice { .. })));
     }
 
     #[test]

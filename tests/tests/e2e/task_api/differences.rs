@@ -162,6 +162,12 @@ pub const DIFFERENCES: &[Difference] = &[
         reason: "as above",
     },
     Difference {
+        behaviour: "block_devices",
+        runc: "hosts: made",
+        bulkhead: "hosts: UNIMPLEMENTED",
+        reason: "a machine does not have the disks of its host, and its own of the same numbers are others",
+    },
+    Difference {
         behaviour: "checkpoint",
         runc: "checkpoint: UNKNOWN",
         bulkhead: "checkpoint: UNIMPLEMENTED",

@@ -1,5 +1,7 @@
 //! What fails, and how it is told.
 
+use std::fs;
+
 use bulkhead_tests::peer::{Kind, Paths, code};
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::protobuf::Message;
@@ -15,6 +17,7 @@ fn requests_fail_as_under_runc() {
         ("wrong_working_directory", wrong_directory),
         ("same_container_twice", same_container_twice),
         ("nobody_there", nobody_there),
+        ("block_devices", block_devices),
         ("checkpoint", checkpoint),
         ("shutdown_with_tasks", shutdown_with_tasks),
         ("the_sandbox_itself", the_sandbox_itself),
@@ -95,6 +98,50 @@ fn nobody_there(pod: &Pod, id: &str) -> Notes {
         format!("checkpoint: {}", code(&shim.checkpoint(id, "/nowhere"))),
         format!("connect: {}", code(&shim.server(id))),
         format!("no such method: {}", code(&shim.unknown())),
+    ]
+}
+
+/// Those of the host, a loop device, and those of the host for who may use every device.
+fn block_devices(pod: &Pod, id: &str) -> Notes {
+    let kind = Kind::Member(&pod.sandbox.id);
+    let numbers = fs::read_dir("/sys/class/block").unwrap().map(|entry| {
+        let number = fs::read_to_string(entry.unwrap().path().join("dev")).unwrap();
+        let (major, minor) = number.trim().split_once(':').unwrap();
+        (major.parse().unwrap(), minor.parse().unwrap())
+    });
+    let mut numbers = numbers.filter(|&(major, _): &(u32, u32)| major != 7);
+    let hosts = numbers.next().unwrap();
+    let made = |what: &str, (major, minor): (u32, u32), rule: Value| {
+        let id = format!("{id}-{what}");
+        let script = format!("test $(stat -c %t:%T /dev/disk) = {major:x}:{minor:x} && echo made");
+        let change = |config: &mut Value| {
+            config["linux"]["devices"] =
+                json!([{"path": "/dev/disk", "type": "b", "major": major, "minor": minor}]);
+            let rules = &mut config["linux"]["resources"]["devices"];
+            rules.as_array_mut().unwrap().push(rule);
+        };
+        let program = ["sh", "-c", &script];
+        let bundle = pod.peer.bundle(&id, kind, &program, change).unwrap();
+        let streams = pod.peer.streams(&id, None).unwrap();
+        let created = pod.shim.create(&bundle, &streams.paths);
+        if let Err(error) = &created {
+            let error = error.to_string();
+            assert!(error.contains("linux.devices: /dev/disk"), "{error}");
+            return format!("{what}: {}", code(&created));
+        }
+        pod.shim.start(&id, "").unwrap();
+        pod.shim.wait(&id, "").unwrap();
+        pod.shim.delete(&id, "").unwrap();
+        pod.events(&id, "delete");
+        assert_eq!(streams.stderr.text().unwrap(), "");
+        format!("{what}: {}", streams.stdout.text().unwrap().trim_end())
+    };
+    let this =
+        json!({"allow": true, "type": "b", "major": hosts.0, "minor": hosts.1, "access": "rwm"});
+    vec![
+        made("hosts", hosts, this),
+        made("loop", (7, 0), json!({"allow": false, "access": "rwm"})),
+        made("all", hosts, json!({"allow": true, "access": "rwm"})),
     ]
 }
 
