@@ -9,7 +9,7 @@ use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 use rustix::io::Errno;
 
-use super::mounts::make_directories;
+use super::mounts::{follow, follow_parent, make_directories};
 use super::root::{attach, clone_tree};
 use crate::error::{Context, Error};
 
@@ -125,43 +125,45 @@ pub fn make(devices: &[Device]) -> Result<(), Error> {
             .make()
             .context(|| format!("making {}", device.path.display()))?;
     }
-    for (target, link) in LINKS {
+    let kcore = Path::new("/proc/kcore")
+        .exists()
+        .then_some(("/proc/kcore", "/dev/core"));
+    for (target, link) in LINKS.into_iter().chain(kcore) {
         let what = || format!("linking {link} to {target}");
+        let place = follow_parent(Path::new(link)).context(what)?;
         if link == "/dev/ptmx" {
-            remove(link).context(what)?;
+            remove(&place).context(what)?;
         }
-        keep_existing(symlink(target, link)).context(what)?;
-    }
-    if Path::new("/proc/kcore").exists() {
-        keep_existing(symlink("/proc/kcore", "/dev/core"))
-            .context(|| "linking /dev/core".into())?;
+        keep_existing(symlink(target, place)).context(what)?;
     }
     Ok(())
 }
 
 impl Device {
     fn make(&self) -> io::Result<()> {
-        if let Some(parent) = self.path.parent() {
+        let path = follow_parent(&self.path)?;
+        if let Some(parent) = path.parent() {
             make_directories(parent)?;
         }
         if let Some(node) = &self.node {
-            std::fs::File::create(&self.path)?;
-            return Ok(attach(node, &self.path)?);
+            let path = follow(&path)?;
+            std::fs::File::create(&path)?;
+            return Ok(attach(node, &path)?);
         }
         let mode = Mode::from_raw_mode(self.mode);
-        match mknodat(CWD, &self.path, self.kind, mode, self.number) {
+        match mknodat(CWD, &path, self.kind, mode, self.number) {
             // What a mount or the image brought stays.
             Err(Errno::EXIST) => return Ok(()),
             made => made?,
         }
         if (self.uid, self.gid) != (0, 0) {
-            chown(&self.path, Some(self.uid), Some(self.gid))?;
+            chown(&path, Some(self.uid), Some(self.gid))?;
         }
         Ok(())
     }
 }
 
-fn remove(path: &str) -> io::Result<()> {
+fn remove(path: &Path) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,

@@ -189,7 +189,8 @@ fn build(
         false => None,
     };
     if !program.directory.exists() {
-        mounts::make_directories(&program.directory)
+        mounts::follow(&program.directory)
+            .and_then(|directory| mounts::make_directories(&directory))
             .context(|| format!("making the directory {}", program.directory.display()))?;
     }
     rustix::process::umask(Mode::WGRP | Mode::WOTH);

@@ -1,7 +1,8 @@
 //! The mounts of a container, and what of them is hidden or read-only.
 //!
 //! What comes from the guest is opened before the container's root becomes the process's root, everything is mounted after that:
-//! no path of a container, whatever symbolic links it has, can lead out of it.
+//! no path of a container, whatever symbolic links it has, can lead out of it. But those below `/proc` that stand for open files and for
+//! the roots of processes can, as the kernel follows them. So a path on which something is made or mounted is followed by [`follow`].
 
 use std::collections::VecDeque;
 use std::fs;
@@ -97,14 +98,15 @@ impl Prepared<'_> {
     /// tmpfs, and what is at `/dev`, are filled by later mounts.
     pub fn mount(self) -> Result<Option<OwnedFd>, Error> {
         let mut unfinished = None;
-        let destination = self.mount.destination.as_path();
-        let what = || format!("mounting {}", destination.display());
+        let named = self.mount.destination.as_path();
+        let what = || format!("mounting {}", named.display());
         let options = &self.mount.options;
         if let Kind::Filesystem { kind, .. } = &self.mount.kind
             && matches!(kind.as_str(), "proc" | "sysfs")
         {
-            require_plain_directory(destination)?;
+            require_plain_directory(named)?;
         }
+        let destination = &follow(named).context(what)?;
         match (&self.mount.kind, self.source) {
             (_, Some(source)) => {
                 make_target(destination, is_directory(&source).context(what)?).context(what)?;
@@ -123,17 +125,14 @@ impl Prepared<'_> {
                 make_target(destination, true).context(what)?;
                 let kept = options.copy_up.then(|| clone_tree(destination));
                 let kept = kept.transpose().context(what)?;
-                let late = match kind == "tmpfs" || destination == Path::new("/dev") {
+                let late = match kind == "tmpfs" || named == Path::new("/dev") {
                     true => options.flags & MountFlags::RDONLY,
                     false => MountFlags::empty(),
                 };
-                new(kind, source, self.mount, mode, late)?;
+                new(kind, source, destination, self.mount, mode, late)?;
                 if let Some(kept) = kept {
                     super::copy::contents(&kept, destination).context(|| {
-                        format!(
-                            "copying what was at {} into its tmpfs",
-                            destination.display()
-                        )
+                        format!("copying what was at {} into its tmpfs", named.display())
                     })?;
                 }
                 if !late.is_empty() {
@@ -143,7 +142,8 @@ impl Prepared<'_> {
             }
             (Kind::Cgroup, None) => {
                 make_target(destination, true).context(what)?;
-                new("cgroup2", "cgroup", self.mount, None, MountFlags::empty())?;
+                let none = MountFlags::empty();
+                new("cgroup2", "cgroup", destination, self.mount, None, none)?;
             }
             // prepare() opened it.
             (Kind::Bind { .. }, None) => {}
@@ -170,10 +170,11 @@ fn set_attributes(path: &Path, attributes: MountAttributes, recursive: bool) -> 
     mount_setattr(mounted.as_fd(), attributes, recursive)
 }
 
-/// Mounts a file system, with an option before those of the entry, and without the flags `late`.
+/// Mounts a file system where the destination of its entry leads, with an option before those of the entry, and without the flags `late`.
 fn new(
     kind: &str,
     source: &str,
+    destination: &Path,
     entry: &Mount,
     first: Option<String>,
     late: MountFlags,
@@ -183,7 +184,7 @@ fn new(
     let options: Vec<&str> = options.map(String::as_str).collect();
     let data = std::ffi::CString::new(options.join(",")).context(what)?;
     let flags = entry.options.flags & !late;
-    mount(source, &entry.destination, kind, flags, data.as_c_str()).context(what)
+    mount(source, destination, kind, flags, data.as_c_str()).context(what)
 }
 
 /// A link at `/proc` or `/sys` would let an image choose where the kernel's files appear, and where not.
@@ -198,14 +199,13 @@ fn require_plain_directory(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Makes the directory or file that is mounted on, unless it is there.
+/// Makes the directory or file that is mounted on, unless it is there. No part of its path may be a link.
 fn make_target(path: &Path, directory: bool) -> io::Result<()> {
     if path.exists() {
         return Ok(());
     }
-    let path = follow(path);
     if directory {
-        return make_directories(&path);
+        return make_directories(path);
     }
     if let Some(parent) = path.parent() {
         make_directories(parent)?;
@@ -223,8 +223,9 @@ pub fn make_directories(path: &Path) -> io::Result<()> {
         .create(path)
 }
 
-/// Where a path leads if what it names were there: links may lead to what does not exist yet.
-fn follow(path: &Path) -> PathBuf {
+/// Where a path leads in the process's root, with no link in it: links may lead to what does not exist yet. What they say is all that counts,
+/// also of those below `/proc` that the kernel follows to the file itself, wherever it is.
+pub fn follow(path: &Path) -> io::Result<PathBuf> {
     const MAX_LINKS: usize = 40;
     let mut followed = PathBuf::from("/");
     let mut rest: Vec<PathBuf> = reversed(path);
@@ -234,17 +235,26 @@ fn follow(path: &Path) -> PathBuf {
             Some(Component::RootDir) => followed = part,
             Some(Component::ParentDir) => drop(followed.pop()),
             Some(Component::Normal(_)) => match fs::read_link(followed.join(&part)) {
-                Ok(target) if links < MAX_LINKS => {
+                Ok(_) if links == MAX_LINKS => return Err(Errno::LOOP.into()),
+                Ok(target) => {
                     links += 1;
                     rest.extend(reversed(&target));
                 }
-                // No link, or the loop that the mount itself will report.
-                Ok(_) | Err(_) => followed.push(part),
+                // No link, or whatever those will say who use the path.
+                Err(_) => followed.push(part),
             },
             Some(Component::CurDir | Component::Prefix(_)) | None => {}
         }
     }
-    followed
+    Ok(followed)
+}
+
+/// Where what a path names is, or would be: a link that is there itself, and not what it leads to.
+pub fn follow_parent(path: &Path) -> io::Result<PathBuf> {
+    match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) => Ok(follow(parent)?.join(name)),
+        _ => follow(path),
+    }
 }
 
 fn reversed(path: &Path) -> Vec<PathBuf> {
@@ -262,6 +272,7 @@ pub fn mask(paths: &[String], null: &OwnedFd) -> Result<(), Error> {
     let mut empty = None;
     for path in paths.iter().map(Path::new) {
         let what = || format!("masking {}", path.display());
+        let path = &follow(path).context(what)?;
         let Some(directory) = exists(path).context(what)? else {
             continue;
         };
@@ -283,6 +294,7 @@ pub fn mask(paths: &[String], null: &OwnedFd) -> Result<(), Error> {
 pub fn make_read_only(paths: &[String]) -> Result<(), Error> {
     for path in paths.iter().map(Path::new) {
         let what = || format!("making {} read-only", path.display());
+        let path = &follow(path).context(what)?;
         if exists(path).context(what)?.is_none() {
             continue;
         }

@@ -3,12 +3,12 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
 use rustix::termios::Winsize;
 
 use super::channel::Child;
-use super::mounts::clone_of;
+use super::mounts::{clone_of, follow};
 use super::root::attach;
 use crate::error::{Context, Error};
 use crate::oci::program::Program;
@@ -26,7 +26,9 @@ pub fn open(
 ) -> Result<OwnedFd, Error> {
     let what = || "opening a terminal in the container's /dev/pts".to_owned();
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let controller = rustix::fs::open("/dev/pts/ptmx", flags, Mode::empty()).context(what)?;
+    // Not through the links below /proc that lead to the guest's files.
+    let resolve = ResolveFlags::NO_MAGICLINKS;
+    let controller = openat2(CWD, "/dev/pts/ptmx", flags, Mode::empty(), resolve).context(what)?;
     // An image could have put something else there.
     let found = rustix::fs::fstatfs(&controller).context(what)?.f_type as u64;
     if found != DEVPTS_SUPER_MAGIC {
@@ -53,7 +55,7 @@ pub fn open(
 }
 
 fn show(terminal: &OwnedFd) -> std::io::Result<()> {
-    let path = Path::new("/dev/console");
+    let path = &follow(Path::new("/dev/console"))?;
     std::fs::OpenOptions::new()
         .write(true)
         .create(true)

@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use containerd_shim_protos::types::mount::Mount;
 use serde_json::json;
 
-use crate::guest::{Guest, bind, spec};
+use crate::guest::{Guest, bind, spec, status};
 
 fn overlay(options: &[&str]) -> Mount {
     Mount {
@@ -178,6 +178,44 @@ pub async fn links_of_an_image_do_not_lead_out(guest: &Guest) {
         outcome.error
     );
     assert_eq!(std::fs::read_dir(&secret).unwrap().count(), 0);
+    links_of_the_kernel_do_not_lead_out(guest, &secret).await;
+}
+
+/// Those below `/proc` lead to the file itself, not to what they say: to the root of the guest, where its first process is seen.
+async fn links_of_the_kernel_do_not_lead_out(guest: &Guest, secret: &std::path::Path) {
+    let root = guest.root();
+    let target = format!("/proc/1/root{}", secret.display());
+    std::os::unix::fs::symlink(target, root.join("mnt")).unwrap();
+    let inside = root.join(secret.strip_prefix("/").unwrap());
+    let shared = |mut spec: serde_json::Value| {
+        let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.retain(|namespace| namespace["type"] != "pid");
+        spec
+    };
+    let script = format!(
+        "ls {}; grep -c /secret/ /proc/self/mountinfo",
+        secret.display()
+    );
+    let mut spec_of_mounts = shared(spec(&["sh", "-c", &script]));
+    spec_of_mounts["linux"]["devices"] =
+        json!([{"path": "/mnt/devices/zero", "type": "c", "major": 1, "minor": 5}]);
+    spec_of_mounts["linux"]["maskedPaths"] = json!(["/mnt/made"]);
+    let mounts = spec_of_mounts["mounts"].as_array_mut().unwrap();
+    mounts.push(json!({"destination": "/mnt/made", "type": "tmpfs", "source": "tmpfs"}));
+    mounts.push(json!({"destination": "/mnt/file", "type": "bind", "source": "/dev/null", "options": ["bind"]}));
+    let outcome = guest.run_in(&spec_of_mounts, &[bind(&root)]).await.unwrap();
+    assert_eq!(
+        outcome.output, "devices\nfile\nmade\n3\n",
+        "{}",
+        outcome.error
+    );
+    assert!(inside.join("devices/zero").exists());
+
+    let mut directory = shared(spec(&["pwd"]));
+    directory["process"]["cwd"] = json!("/mnt/here");
+    let (_, message) = status(guest.run_in(&directory, &[bind(&root)]).await);
+    assert!(message.contains("/mnt/here"), "{message}");
+    assert_eq!(std::fs::read_dir(secret).unwrap().count(), 0);
 }
 
 /// Gives a container users of its own, whose number 0 is the guest's `outside`.
