@@ -1,5 +1,6 @@
 //! Hooks that run in a container.
 
+use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::process::CommandExt;
@@ -16,11 +17,12 @@ use crate::error::{Context, Error};
 /// How much of what a failed hook said is passed on, from the end.
 const MAX_SAID: u64 = 1024;
 
-/// Runs hooks one after the other, each with the container's state, whose status is `status`, on its standard input. One that fails, or
-/// runs longer than it may, is an error, and those after it are not run.
+/// Runs hooks one after the other, each with the container's state, whose status is `status`, on its standard input. Those that are given no
+/// environment have this one. One that fails, or runs longer than it may, is an error, and those after it are not run.
 pub fn run(
     kind: &str,
     hooks: &[Hook],
+    environment: &[CString],
     state: &serde_json::Value,
     status: &str,
 ) -> Result<(), Error> {
@@ -29,7 +31,7 @@ pub fn run(
         state["pid"] = std::process::id().into();
         state["status"] = status.into();
         let mut said = file("output").context(|| name(kind, hook))?;
-        match run_one(hook, &state, &said) {
+        match run_one(hook, environment, &state, &said) {
             Ok(()) => {}
             Err(cause) => {
                 let words = last_words(&mut said).unwrap_or_default();
@@ -54,7 +56,12 @@ fn file(name: &str) -> io::Result<File> {
 }
 
 /// Runs a hook; the error says how it failed.
-fn run_one(hook: &Hook, state: &serde_json::Value, said: &File) -> Result<(), String> {
+fn run_one(
+    hook: &Hook,
+    environment: &[CString],
+    state: &serde_json::Value,
+    said: &File,
+) -> Result<(), String> {
     let start = || -> io::Result<_> {
         let mut input = file("state")?;
         input.write_all(state.to_string().as_bytes())?;
@@ -64,12 +71,18 @@ fn run_one(hook: &Hook, state: &serde_json::Value, said: &File) -> Result<(), St
         if let Some(name) = arguments.next() {
             command.arg0(name);
         }
-        let variables = hook.env().iter().flatten();
+        let own = hook.env().iter().flatten().map(String::as_str);
+        let mut variables: Vec<&str> = own.collect();
+        if variables.is_empty() {
+            // Text, as it comes from a JSON document.
+            variables = environment.iter().flat_map(|text| text.to_str()).collect();
+        }
+        let variables = variables.iter().filter_map(|text| text.split_once('='));
         command
             .args(arguments)
             .env_clear()
-            .envs(variables.filter_map(|variable| variable.split_once('=')))
-            // Until the container is complete, this process's own directory is the guest's root.
+            .envs(variables)
+            // At the start this process's own directory is the program's.
             .current_dir("/")
             .stdin(input)
             .stdout(Stdio::from(said.try_clone()?))

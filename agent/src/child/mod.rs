@@ -197,6 +197,7 @@ fn build(
     hooks::run(
         "createContainer",
         &container.create_hooks,
+        &program.environment,
         &container.state,
         "creating",
     )?;

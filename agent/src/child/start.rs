@@ -63,7 +63,8 @@ pub fn start(
         if let Some(channel) = channel {
             channel.ready()?;
         }
-        hooks::run("startContainer", hooks, state, "created")?;
+        let variables = &program.environment;
+        hooks::run("startContainer", hooks, variables, state, "created")?;
         // The filter may forbid it, and they stay while they are permitted and inheritable.
         raise_ambient(program)?;
         if let Some(filter) = &program.seccomp {

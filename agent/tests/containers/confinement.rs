@@ -342,14 +342,20 @@ pub async fn what_is_not_supported_is_refused_by_name(guest: &Guest) {
 pub async fn hooks_run_in_the_container_with_its_state(guest: &Guest) {
     let outcome = with(
         guest,
-        "cat /tmp/creating /tmp/created; hostname; cat /etc/made; echo >/x || echo no",
+        "cat /tmp/creating /tmp/created; hostname; cat /etc/made /tmp/plain; echo >/x || echo no",
         |spec| {
             let hook = |file: &str, more: &str| {
                 json!([{
                     "path": "/bin/sh", "args": ["sh", "-c", format!("cat >/tmp/{file}; echo $X >>/tmp/{file}; pwd; {more}")],
                     "env": ["X=y"], "timeout": 60,
+                }, {
+                    // Without variables of its own it has those of the program.
+                    "path": "/bin/sh", "args": ["sh", "-c", "pwd >>/tmp/plain; echo $X $Z >>/tmp/plain"],
                 }])
             };
+            let variables = spec["process"]["env"].as_array_mut().unwrap();
+            variables.push(json!("Z=a=b"));
+            spec["process"]["cwd"] = json!("/etc");
             spec["annotations"] = json!({"a": "b"});
             spec["root"]["readonly"] = json!(true);
             let mounts = spec["mounts"].as_array_mut().unwrap();
@@ -378,7 +384,8 @@ pub async fn hooks_run_in_the_container_with_its_state(guest: &Guest) {
     }
     // What hooks print is not the container's output.
     let rest: Vec<_> = lines.collect();
-    assert_eq!(rest, ["hooked", "/", "no"], "{}", outcome.error);
+    let expected = ["hooked", "/", "/", "a=b", "/", "a=b", "no"];
+    assert_eq!(rest, expected, "{}", outcome.error);
 }
 
 pub async fn a_failed_hook_fails_the_request(guest: &Guest) {

@@ -311,14 +311,21 @@ fn hooks_run_in_the_container() {
     let text = both(&world, script, |bundle| {
         set(bundle, "/annotations", json!({"a": "b"}));
         let hook = |script| json!([{"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin", "X=y"], "timeout": 60}]);
+        let mut start = hook("cat >/tmp/state; env >/tmp/env; id -u >>/tmp/env; echo unseen");
+        // Without variables of its own it has those of the process.
+        let plain = ["sh", "-c", "echo plain $Z >>/tmp/env"];
+        let hooks = start.as_array_mut().unwrap();
+        hooks.push(json!({"path": "/bin/sh", "args": plain}));
+        set(bundle, "/process/env", json!(["PATH=/bin", "Z=z"]));
         set(
             bundle,
             "/hooks",
-            json!({"createContainer": hook("echo hooked >/proc/sys/kernel/domainname"), "startContainer": hook("cat >/tmp/state; env >/tmp/env; id -u >>/tmp/env; echo unseen")}),
+            json!({"createContainer": hook("echo hooked >/proc/sys/kernel/domainname"), "startContainer": start}),
         );
         set(bundle, "/process/capabilities/bounding", json!([]));
     });
-    assert!(text.starts_with("hooked\n"), "{text}");
+    let ends = text.starts_with("hooked\n") && text.ends_with("plain z\n");
+    assert!(ends, "{text}");
     for kind in ["createContainer", "startContainer"] {
         let fail = |bundle: &mut Bundle| {
             set(
