@@ -1,7 +1,8 @@
 //! The OCI runtime specification: read, checked, and brought into the terms of the kernel before a process is made.
 //!
 //! A field is either carried out here, or it is the host's business (listed at [`check_spec`]), or the request is refused with an error that
-//! names it. Nothing is ignored silently, a field that the specification does not know included.
+//! names it. Nothing is ignored silently, a field that the specification does not know included. Names of capabilities that nobody knows are
+//! ignored with a warning, as the specification has it.
 
 pub mod capability;
 pub mod mapping;
@@ -10,10 +11,13 @@ pub mod program;
 pub mod root;
 pub mod seccomp;
 
-use oci_spec::runtime::{Linux, LinuxNamespaceType, LinuxResources, Process, Spec};
+use std::collections::BTreeSet;
 use std::path::Path;
 
+use oci_spec::runtime::{Capability, Linux, LinuxNamespaceType, LinuxResources, Process, Spec};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::error::Error;
 use crate::protocol::parse_namespace_of;
@@ -40,9 +44,16 @@ pub fn parse_resources(json: &[u8]) -> Result<LinuxResources, Error> {
 
 fn parse<T: DeserializeOwned>(what: &str, json: &[u8]) -> Result<T, Error> {
     let mut unknown = None;
-    let parsed = read(json, &mut unknown).or_else(|error| match renamed(json) {
-        Some(json) => read(&json, &mut unknown),
-        None => Err(error),
+    let parsed = read(json, &mut unknown).or_else(|error| {
+        let mut document = serde_json::from_slice(json)?;
+        let ignored = adapt(&mut document).ok_or(error)?;
+        if !ignored.is_empty() {
+            let names = Vec::from_iter(ignored).join(", ");
+            eprintln!(
+                "{what}: process.capabilities: ignored what is none to this version: {names}"
+            );
+        }
+        read(document.to_string().as_bytes(), &mut unknown)
     });
     let parsed = parsed
         .map_err(|error| Error::InvalidArgument(format!("{what} does not parse: {error}")))?;
@@ -72,21 +83,35 @@ const RENAMED: [(&str, &str); 2] = [
     ("SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_D_L_OVERRUN"),
 ];
 
-/// A document, which is a container's or a process's, with these flags in the library's words; none if it has none of them.
-fn renamed(json: &[u8]) -> Option<Vec<u8>> {
-    let mut document: serde_json::Value = serde_json::from_slice(json).ok()?;
-    let pointers = ["/process/scheduler/flags", "/scheduler/flags"];
-    let pointer = pointers
-        .into_iter()
-        .find(|pointer| document.pointer(pointer).is_some())?;
-    let mut found = false;
-    for flag in document.pointer_mut(pointer)?.as_array_mut()? {
-        if let Some((_, name)) = RENAMED.iter().find(|(name, _)| flag == name) {
-            *flag = (*name).into();
-            found = true;
+/// Brings a document, which is a container's or a process's, into the words that the library knows, and returns the names of capabilities
+/// that it does not; none if there is nothing to do.
+fn adapt(document: &mut Value) -> Option<BTreeSet<String>> {
+    let process = match document.get("process") {
+        Some(_) => &mut document["process"],
+        None => document,
+    };
+    let mut renamed = false;
+    if let Some(Value::Array(flags)) = process.pointer_mut("/scheduler/flags") {
+        for flag in flags {
+            if let Some((_, name)) = RENAMED.iter().find(|(name, _)| flag == name) {
+                *flag = (*name).into();
+                renamed = true;
+            }
         }
     }
-    found.then(|| serde_json::to_vec(&document).ok())?
+    let mut ignored = BTreeSet::new();
+    if let Some(Value::Object(sets)) = process.get_mut("capabilities") {
+        for names in sets.values_mut().filter_map(Value::as_array_mut) {
+            names.retain(|name| match name {
+                Value::String(text) if Capability::deserialize(name).is_err() => {
+                    ignored.insert(text.clone());
+                    false
+                }
+                _ => true,
+            });
+        }
+    }
+    (renamed || !ignored.is_empty()).then_some(ignored)
 }
 
 /// The error for a field that asks for what this runtime does not do.
@@ -270,6 +295,27 @@ mod tests {
         let process = parse_process(json.to_string().as_bytes()).unwrap();
         let program = program::Program::new(&process, false, None).unwrap();
         assert_eq!(program.scheduler.unwrap().flags, 0x01 | 0x04 | 0x02);
+    }
+
+    #[test]
+    fn capabilities_that_nobody_knows_are_left_out_and_named() {
+        let names = serde_json::json!(["CAP_KILL", "CAP_B", "CAP_A"]);
+        let sets = serde_json::json!({"bounding": names, "ambient": ["CAP_A"], "permitted": null, "effective": ["CAP_KILL"]});
+        let mut process = serde_json::json!({"user": {}, "cwd": "/", "capabilities": sets});
+        let parsed = parse_process(process.to_string().as_bytes()).unwrap();
+        let sets = parsed.capabilities().as_ref().map(capability::Sets::from);
+        let kill = rustix::thread::CapabilitySet::KILL;
+        let expected = capability::Sets {
+            bounding: kill,
+            effective: kill,
+            ..Default::default()
+        };
+        assert_eq!(sets, Some(expected));
+        let ignored = adapt(&mut process).unwrap();
+        assert_eq!(Vec::from_iter(ignored), ["CAP_A", "CAP_B"]);
+        assert_eq!(adapt(&mut process), None);
+        process["capabilities"]["bounding"] = serde_json::json!([1]);
+        assert!(parse_process(process.to_string().as_bytes()).is_err());
     }
 
     #[test]

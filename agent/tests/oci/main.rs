@@ -195,6 +195,22 @@ fn what_is_refused_is_named() {
 }
 
 #[test]
+fn a_capability_that_nobody_knows_is_ignored() {
+    let rows = rows();
+    let mut spec = accepted(&rows);
+    let expected = plan(&spec).unwrap().program.capabilities;
+    let sets = rows
+        .iter()
+        .filter(|row| row.path.starts_with("process.capabilities."));
+    for row in sets {
+        set(&mut spec, row.path, &"CAP_OF_TOMORROW".into());
+        let names = get(&spec, row.path);
+        assert_eq!(names[0].as_array().unwrap().len(), 2, "{}", row.path);
+    }
+    assert_eq!(plan(&spec).unwrap().program.capabilities, expected);
+}
+
+#[test]
 fn what_nobody_knows_is_named() {
     for path in ["new", "process.new", "linux.new", "linux.resources.new"] {
         let mut spec = accepted(&rows());
