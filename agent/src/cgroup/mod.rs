@@ -4,15 +4,18 @@ pub mod devices;
 pub mod limits;
 pub mod stats;
 
+use std::ffi::{CStr, CString, OsStr};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use oci_spec::runtime::LinuxResources;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, openat, unlinkat};
+use rustix::io::Errno;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -242,9 +245,14 @@ impl Cgroup {
 
     /// The numbers of all processes in it and in the groups below it.
     pub fn processes(&self) -> Result<Vec<u32>, Error> {
+        let what = || format!("listing the processes in {}", self.path.display());
         let mut numbers = Vec::new();
-        collect(&self.path, &mut numbers)
-            .context(|| format!("listing the processes in {}", self.path.display()))?;
+        collect(self.directory(), Path::new(""), &mut numbers).context(what)?;
+        visit_below(self.directory(), |parent, name| {
+            let name = OsStr::from_bytes(name.to_bytes());
+            collect(parent, Path::new(name), &mut numbers)
+        })
+        .context(what)?;
         Ok(numbers)
     }
 
@@ -260,7 +268,9 @@ impl Cgroup {
         Events::open(&self.path, "cgroup.events")?
             .wait_for("populated", 0)
             .await?;
-        remove_tree(&self.path).context(|| format!("removing {}", self.path.display()))
+        remove_below(self.directory())
+            .and_then(|()| fs::remove_dir(&self.path))
+            .context(|| format!("removing {}", self.path.display()))
     }
 
     /// Watches a file of `name value` lines for changes.
@@ -338,34 +348,124 @@ impl Events {
     }
 }
 
-fn collect(group: &Path, numbers: &mut Vec<u32>) -> io::Result<()> {
-    for line in fs::read_to_string(group.join("cgroup.procs"))?.lines() {
+/// Adds the numbers of the processes in a group. One that was removed meanwhile has none; those in a threaded one are told by the group above
+/// that is not (Linux, cgroup-v2.rst, "Threads").
+fn collect(at: impl AsFd, group: &Path, numbers: &mut Vec<u32>) -> io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = openat(at, group.join("cgroup.procs"), flags, Mode::empty());
+    let text = file
+        .map_err(io::Error::from)
+        .and_then(|file| io::read_to_string(fs::File::from(file)));
+    let is_none = |errno| matches!(errno, Errno::NOENT | Errno::NODEV | Errno::OPNOTSUPP);
+    let text = match text {
+        Err(error) if Errno::from_io_error(&error).is_some_and(is_none) => return Ok(()),
+        text => text?,
+    };
+    for line in text.lines() {
         numbers.push(line.parse().map_err(io::Error::other)?);
     }
-    for below in groups_below(group)? {
-        match collect(&below, numbers) {
-            // It was removed meanwhile.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            other => other?,
+    Ok(())
+}
+
+/// Removes all groups below one.
+fn remove_below(top: BorrowedFd<'_>) -> io::Result<()> {
+    visit_below(top, |parent, name| {
+        Ok(unlinkat(parent, name, AtFlags::REMOVEDIR)?)
+    })
+}
+
+/// Calls `act` with the parent and the name of each group below one, after those below that. A container may nest its groups deeper than
+/// a path can tell: it goes from one to the next, and has one of them open.
+fn visit_below(
+    top: BorrowedFd<'_>,
+    mut act: impl FnMut(&OwnedFd, &CStr) -> io::Result<()>,
+) -> io::Result<()> {
+    const DIRECTORY: OFlags = OFlags::RDONLY
+        .union(OFlags::DIRECTORY)
+        .union(OFlags::NOFOLLOW)
+        .union(OFlags::CLOEXEC);
+    let mut group = openat(top, ".", DIRECTORY, Mode::empty())?;
+    // What is left to visit in the first group, in the last of those, and so on: the last names are the way to where it is.
+    let mut levels = vec![groups_in(&group)?];
+    while let Some(level) = levels.last_mut() {
+        match level.last() {
+            Some(name) => match openat(&group, name.as_c_str(), DIRECTORY, Mode::empty()) {
+                Ok(below) => {
+                    levels.push(groups_in(&below)?);
+                    group = below;
+                }
+                // It was removed meanwhile.
+                Err(Errno::NOENT) => drop(level.pop()),
+                Err(error) => return Err(error.into()),
+            },
+            None => {
+                levels.pop();
+                if let Some(name) = levels.last_mut().and_then(Vec::pop) {
+                    group = openat(&group, "..", DIRECTORY, Mode::empty())?;
+                    act(&group, &name)?;
+                }
+            }
         }
     }
     Ok(())
 }
 
-fn remove_tree(group: &Path) -> io::Result<()> {
-    for below in groups_below(group)? {
-        remove_tree(&below)?;
-    }
-    fs::remove_dir(group)
-}
-
-fn groups_below(group: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut below = Vec::new();
-    for entry in fs::read_dir(group)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            below.push(entry.path());
+/// The names of the groups in one; none if it was removed meanwhile.
+fn groups_in(group: &OwnedFd) -> io::Result<Vec<CString>> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(group)? {
+        let entry = match entry {
+            Err(Errno::NOENT) => break,
+            entry => entry?,
+        };
+        let name = entry.file_name();
+        if entry.file_type() == FileType::Directory && !matches!(name.to_bytes(), b"." | b"..") {
+            names.push(name.to_owned());
         }
     }
-    Ok(below)
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_are_visited_however_deep_they_are() {
+        let base = std::env::temp_dir().join(format!("groups-{}", std::process::id()));
+        fs::create_dir(&base).unwrap();
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let top = rustix::fs::open(&base, flags, Mode::empty()).unwrap();
+        let mut group = top.try_clone().unwrap();
+        // More than a path can have, and more than descriptors may be open.
+        let names: Vec<_> = ["a", "b"].map(|letter| letter.repeat(250)).into();
+        for _ in 0..1100 {
+            for name in &names {
+                rustix::fs::mkdirat(&group, name, Mode::RWXU).unwrap();
+            }
+            group = openat(&group, &names[0], flags, Mode::empty()).unwrap();
+        }
+        let mut visited = 0;
+        let mut numbers = Vec::new();
+        visit_below(top.as_fd(), |parent, name| {
+            visited += 1;
+            let name = OsStr::from_bytes(name.to_bytes());
+            collect(parent, Path::new(name), &mut numbers)
+        })
+        .unwrap();
+        assert_eq!((visited, numbers.len()), (2200, 0));
+        let procs = openat(
+            &group,
+            "cgroup.procs",
+            OFlags::CREATE | OFlags::WRONLY,
+            Mode::RUSR,
+        );
+        rustix::io::write(procs.unwrap(), b"7\n8\n").unwrap();
+        collect(&group, Path::new(""), &mut numbers).unwrap();
+        assert_eq!(numbers, [7, 8]);
+        unlinkat(&group, "cgroup.procs", AtFlags::empty()).unwrap();
+
+        remove_below(top.as_fd()).unwrap();
+        fs::remove_dir(base).unwrap();
+    }
 }

@@ -30,6 +30,8 @@ pub struct Guest {
     pub task: TaskClient,
     pub sandbox: SandboxClient,
     pub directory: PathBuf,
+    /// The control group in which those of the containers are.
+    pub group: PathBuf,
     pub host: UnixListener,
     connection: UnixStream,
     next: AtomicU64,
@@ -124,7 +126,7 @@ pub struct Outcome {
 
 impl Guest {
     /// Waits for the agent's connection.
-    pub async fn connect(directory: &Path, host: UnixListener) -> Self {
+    pub async fn connect(directory: &Path, group: &Path, host: UnixListener) -> Self {
         let socket = host.accept().unwrap().0;
         socket.set_nonblocking(true).unwrap();
         let connection = socket.try_clone().unwrap();
@@ -139,6 +141,7 @@ impl Guest {
             task: TaskClient::new(client),
             sandbox,
             directory: directory.to_owned(),
+            group: group.to_owned(),
             host,
             connection,
             next: AtomicU64::new(1),

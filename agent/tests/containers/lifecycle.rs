@@ -2,9 +2,10 @@
 
 use std::io::Write;
 
-use ttrpc::Code;
-
 use bulkhead_agent::protocol::sandbox::SetupRequest;
+use containerd_shim_protos::api::PidsRequest;
+use rustix::fs::{Mode, OFlags};
+use ttrpc::Code;
 
 use crate::guest::{Guest, all, bind, context, process, spec, status};
 
@@ -95,6 +96,49 @@ pub async fn a_container_is_killed(guest: &Guest) {
     );
     assert_eq!(guest.delete("killed", "").await.unwrap().exit_status, 137);
     assert_eq!(status(guest.wait("killed", "").await).0, Code::NOT_FOUND);
+}
+
+pub async fn groups_that_a_container_makes_hinder_nobody(guest: &Guest) {
+    let streams = guest.streams(false);
+    let root = [bind(&guest.root())];
+    guest
+        .create("divided", &spec(&["sleep", "1000"]), &root, &streams, false)
+        .await
+        .unwrap();
+    let init = guest.start("divided", "").await.unwrap();
+    let group = bulkhead_agent::cgroup::Cgroup::path_of(&guest.group, "divided");
+    // One of threads, with the container's only one, and others whose path is longer than the kernel takes it.
+    let threaded = group.join("threaded");
+    std::fs::create_dir(&threaded).unwrap();
+    std::fs::write(threaded.join("cgroup.type"), "threaded").unwrap();
+    let thread = std::fs::read_to_string(group.join("cgroup.procs")).unwrap();
+    std::fs::write(threaded.join("cgroup.threads"), thread).unwrap();
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+    let mut nested = rustix::fs::open(&group, flags, Mode::empty()).unwrap();
+    for _ in 0..20 {
+        let name = "n".repeat(250);
+        rustix::fs::mkdirat(&nested, &name, Mode::RWXU).unwrap();
+        nested = rustix::fs::openat(&nested, &name, flags, Mode::empty()).unwrap();
+    }
+
+    let request = PidsRequest {
+        id: "divided".into(),
+        ..Default::default()
+    };
+    let listed = guest.task.pids(context(), &request).await.unwrap();
+    let listed: Vec<_> = listed.processes.iter().map(|listed| listed.pid).collect();
+    assert_eq!(listed, [init]);
+    guest
+        .kill("divided", "", libc::SIGTERM, true)
+        .await
+        .unwrap();
+    guest
+        .kill("divided", "", libc::SIGKILL, true)
+        .await
+        .unwrap();
+    assert_eq!(guest.wait("divided", "").await.unwrap(), 137);
+    guest.delete("divided", "").await.unwrap();
+    assert!(!group.exists());
 }
 
 pub async fn an_exec_runs_beside_the_init_and_ends_before_it(guest: &Guest) {
@@ -211,7 +255,7 @@ pub async fn execs_end_with_an_init_that_was_never_started(guest: &Guest) {
 pub async fn the_agent_connects_again(guest: &Guest) {
     let again = guest.host.try_clone().unwrap();
     guest.disconnect();
-    let guest = Guest::connect(&guest.directory, again).await;
+    let guest = Guest::connect(&guest.directory, &guest.group, again).await;
     let response = guest
         .sandbox
         .setup(context(), &SetupRequest::new())

@@ -94,6 +94,7 @@ tests! {
         a_missing_program_fails_create_in_the_expected_words
         input_reaches_the_program_and_ends
         a_container_is_killed
+        groups_that_a_container_makes_hinder_nobody
         an_exec_runs_beside_the_init_and_ends_before_it
         execs_end_with_an_init_that_was_never_started
         the_agent_connects_again;
@@ -136,7 +137,7 @@ fn main() {
             .build()
             .unwrap();
         runtime.block_on(async {
-            let guest = Guest::connect(&directory, host).await;
+            let guest = Guest::connect(&directory, &group, host).await;
             run_all(&guest, wanted).await
         })
     });
