@@ -415,8 +415,9 @@ mod tests {
         );
         is(r#"{"blockIO":{"weight":0,"leafWeight":0}}"#, &[]);
         is(
-            r#"{"unified":{"memory.high":"5","io.max":"1:2 rbps=3\n1:3 rbps=4"}}"#,
+            r#"{"unified":{"memory.high":"5","io.max":"1:2 rbps=3\n1:3 rbps=4","io.latency":"0:1 target=9"}}"#,
             &[
+                ("io.latency", "0:1 target=9"),
                 ("io.max", "1:2 rbps=3"),
                 ("io.max", "1:3 rbps=4"),
                 ("memory.high", "5"),
@@ -459,6 +460,9 @@ mod tests {
         assert_eq!(of("io.bfq.weight", weights, "default"), "default 100");
         assert_eq!(of("io.bfq.weight", weights, "254:16"), "254:16 700");
         assert_eq!(of("io.bfq.weight", weights, "254:1"), "254:1 default");
+        let latency = "254:0 target=9\n";
+        assert_eq!(of("io.latency", latency, "254:0"), "254:0 target=9");
+        assert_eq!(of("io.latency", latency, "254:1"), "254:1 target=0");
         assert_eq!(in_force("io.prio.class", "no-change\n", "254:0"), None);
     }
 

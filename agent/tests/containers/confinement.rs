@@ -120,6 +120,23 @@ pub async fn a_seccomp_profile_holds(guest: &Guest) {
     }
 }
 
+pub async fn seccomp_actions_and_flags_are_the_kernels(guest: &Guest) {
+    // Who asks for a tracer that is not there is told that there is no such call; one thread that is killed is the whole program.
+    for (action, status, error) in [
+        ("SCMP_ACT_TRACE", 1, "Function not implemented"),
+        ("SCMP_ACT_KILL_THREAD", 128 + libc::SIGSYS as u32, ""),
+    ] {
+        let mut spec = spec(&["mkdir", "/tmp/d"]);
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW", "flags": ["SECCOMP_FILTER_FLAG_TSYNC"],
+            "syscalls": [{"names": ["mkdir", "mkdirat"], "action": action}],
+        });
+        let outcome = guest.run(&spec).await.unwrap();
+        assert_eq!(outcome.status, status, "{action}: {outcome:?}");
+        assert!(outcome.error.contains(error), "{action}: {outcome:?}");
+    }
+}
+
 pub async fn namespaces_are_its_own(guest: &Guest) {
     let outcome = guest
         .shell("echo $$; hostname; ls /sys/class/net; ps | wc -l")

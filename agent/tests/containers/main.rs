@@ -49,6 +49,7 @@ tests! {
         a_user_may_open_its_own_streams
         a_read_only_root_is_read_only_but_not_its_mounts
         a_seccomp_profile_holds
+        seccomp_actions_and_flags_are_the_kernels
         namespaces_are_its_own
         a_user_namespace_maps_its_users
         a_time_namespace_has_its_offsets

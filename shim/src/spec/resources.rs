@@ -192,7 +192,9 @@ mod tests {
                     "weight": null,
                     "weightDevice": [{"major": number(major), "minor": number(minor), "weight": 10, "leafWeight": 0}],
                 },
-                "unified": {"io.max": format!("{device} wiops=5\n"), "memory.high": "1"},
+                "unified": {
+                    "io.max": format!("{device} wiops=5\n"), "io.latency": format!("{device} target=5"), "memory.high": "1",
+                },
             })
             .to_string()
         };
@@ -220,7 +222,7 @@ mod tests {
             );
             assert_eq!(
                 guest["unified"],
-                json!({"io.max": "0:0 wiops=5", "memory.high": "1"})
+                json!({"io.max": "0:0 wiops=5", "io.latency": "0:0 target=5", "memory.high": "1"})
             );
         }
     }

@@ -112,14 +112,16 @@ fn every_limit_can_be_changed() {
     let pod = Pod::start(&world, Runtime::Bulkhead);
     pod.run("c", &["sleep", "1000"]);
     let update = |resources| pod.shim.update("c", &resources);
+    let throttle = limit(&world.site().directory, "rate", 1 << 20);
+    let latency = format!("{}:{} target=75000", throttle["major"], throttle["minor"]);
     update(json!({
         "memory": {"limit": 96 << 20, "reservation": 16 << 20, "swap": 128 << 20},
         "cpu": {"shares": 512, "quota": 40_000, "period": 80_000, "burst": 10_000},
         "pids": {"limit": 77},
         "hugepageLimits": [{"pageSize": "2MB", "limit": 4 << 20}],
-        "unified": {"memory.high": "61440000"},
+        "unified": {"memory.high": "61440000", "io.latency": latency},
         "blockIO": {
-            "throttleWriteBpsDevice": [limit(&world.site().directory, "rate", 1 << 20)],
+            "throttleWriteBpsDevice": [throttle],
             "weight": 500,
             "weightDevice": [limit(&world.site().directory, "weight", 700)],
         },
@@ -156,7 +158,7 @@ fn every_limit_can_be_changed() {
     }
     let files = "memory.max memory.low memory.swap.max memory.high cpu.weight cpu.max cpu.max.burst pids.max hugetlb.2MB.max";
     let script = format!(
-        "cd /sys/fs/cgroup; cat {files}; cut -d ' ' -f 2- io.max | uniq -c; sed 's/.*:.* /disk /' io.bfq.weight"
+        "cd /sys/fs/cgroup; cat {files}; cut -d ' ' -f 2- io.max | uniq -c; cut -d ' ' -f 2- io.latency | uniq -c; sed 's/.*:.* /disk /' io.bfq.weight"
     );
     let text = pod.say("c", &script);
     let lines: Vec<_> = text.lines().map(str::trim).collect();
@@ -172,6 +174,7 @@ fn every_limit_can_be_changed() {
         "4194304",
         // Of the scratch disk, and of the root's.
         "2 rbps=max wbps=1048576 riops=max wiops=max",
+        "2 target=75000",
         "default 500",
         "disk 700",
         "disk 700",
