@@ -31,6 +31,13 @@ impl Setting {
         self.file.starts_with(DISKS)
     }
 
+    /// Whether it is a limit of pages of one size, whose file there is only if the machine has such pages.
+    pub fn is_of_pages(&self) -> bool {
+        let size = self.file.strip_prefix("hugetlb.");
+        let size = size.and_then(|rest| rest.strip_suffix(".max"));
+        size.is_some_and(|size| is_page_size(size.strip_suffix(".rsvd").unwrap_or(size)))
+    }
+
     /// Whether it is a weight, which means nothing to a disk whose scheduler does not share by weights.
     pub fn is_weight(&self) -> bool {
         self.file == WEIGHT
@@ -433,6 +440,22 @@ mod tests {
         assert_eq!(disk("io.max", "8:0 rbps=9"), None);
         assert!(setting("io.max", "").is_of_disks() && !setting("pids.max", "").is_of_disks());
         assert!(setting("io.bfq.weight", "").is_weight() && !setting("io.max", "").is_weight());
+    }
+
+    #[test]
+    fn limits_of_pages_have_the_files_of_a_size() {
+        for (file, is_one) in [
+            ("hugetlb.2MB.max", true),
+            ("hugetlb.1GB.rsvd.max", true),
+            ("hugetlb.2M.max", false),
+            ("hugetlb.3MB.max", false),
+            ("hugetlb.2MB.limit", false),
+            ("hugetlb.2MB.rsvd.rsvd.max", false),
+            ("hugetlb.max", false),
+            ("memory.max", false),
+        ] {
+            assert_eq!(setting(file, 1).is_of_pages(), is_one, "{file}");
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ pub mod stats;
 
 use std::ffi::{CStr, CString, OsStr};
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::chown;
@@ -103,11 +103,10 @@ impl Cgroup {
             if setting.is_of_disks() {
                 continue;
             }
-            let limits::Setting { file, value } = setting;
-            match fs::write(self.path.join(&file), &value) {
+            let limits::Setting { file, value } = &setting;
+            match self.set(file, value) {
                 // Pages of a size that the machine does not have cannot exceed a limit.
-                Err(error)
-                    if error.kind() == io::ErrorKind::NotFound && file.starts_with("hugetlb.") => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound && setting.is_of_pages() => {}
                 written => {
                     written.context(|| format!("setting the limit {file} to {value:?}"))?;
                 }
@@ -196,7 +195,7 @@ impl Cgroup {
                     None => continue,
                 },
             };
-            fs::write(self.path.join(&setting.file), &value)
+            self.set(&setting.file, &value)
                 .context(|| format!("setting the limit {} to {value:?}", setting.file))?;
         }
         Ok(())
@@ -292,8 +291,15 @@ impl Cgroup {
     }
 
     fn write(&self, file: &str, value: &str) -> Result<(), Error> {
-        let path = self.path.join(file);
-        fs::write(&path, value).context(|| format!("writing {value:?} to {}", path.display()))
+        let place = || format!("writing {value:?} to {}", self.path.join(file).display());
+        self.set(file, value).context(place)
+    }
+
+    /// Writes to one of its files. The kernel says of one that is not there that it may not be made, unless nobody asks to make it.
+    fn set(&self, file: &str, value: &str) -> io::Result<()> {
+        let mut options = fs::OpenOptions::new();
+        let mut file = options.write(true).open(self.path.join(file))?;
+        file.write_all(value.as_bytes())
     }
 }
 
@@ -429,6 +435,28 @@ fn groups_in(group: &OwnedFd) -> io::Result<Vec<CString>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_limits_of_pages_that_the_machine_has_not_are_ignored() {
+        let path = std::env::temp_dir().join(format!("group-{}", std::process::id()));
+        let group = Cgroup::create(path.clone()).unwrap();
+        fs::write(path.join("memory.high"), "").unwrap();
+        let limit = |file: &str| {
+            let resources = serde_json::json!({
+                "hugepageLimits": [{"pageSize": "64KB", "limit": 1}],
+                "unified": {file: "1", "memory.high": "5"},
+            });
+            group.limit(&serde_json::from_value(resources).unwrap())
+        };
+        limit("hugetlb.16GB.rsvd.max").unwrap();
+        assert_eq!(group.read("memory.high").unwrap(), "5");
+        for file in ["hugetlb.16G.max", "hugetlb.2MB.limit", "memory.hihg"] {
+            let error = limit(file).unwrap_err().to_string();
+            let named = error.contains(file) && error.contains("No such file");
+            assert!(named, "{error}");
+        }
+        fs::remove_dir_all(path).unwrap();
+    }
 
     #[test]
     fn groups_are_visited_however_deep_they_are() {
