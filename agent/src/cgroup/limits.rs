@@ -289,7 +289,9 @@ fn cpu(
     Ok(())
 }
 
-/// Shares (2 to 262144, 1024 by default) as a weight (1 to 10000, 100 by default), by the mapping that all runtimes use.
+/// Shares (2 to 262144, 1024 by default) as a weight (1 to 10000, 100 by default), by the mapping of runc before 1.3.2 and crun before 1.23.
+/// Theirs since is a curve on which the two defaults meet. Here a container competes with those of its pod only, so what counts is how their
+/// weights compare, and this one keeps that as it is among their shares.
 fn weight(shares: u64) -> u64 {
     let shares = shares.clamp(2, 262_144);
     1 + (shares - 2) * 9999 / 262_142
