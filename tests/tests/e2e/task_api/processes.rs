@@ -673,6 +673,7 @@ fn hook_of_the_host_in_the_container(pod: &Pod, id: &str) -> Notes {
     let created = pod.shim.create(&bundle, &Paths::default());
     if created.is_ok() {
         pod.shim.delete(id, "").unwrap();
+        pod.events(id, "delete");
     }
     vec![format!("create: {}", code(&created))]
 }
