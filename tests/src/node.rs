@@ -19,6 +19,7 @@ use std::time::Duration;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use tempfile::TempDir;
 
 use crate::error::{Context, Error, Result};
 use crate::terminal::{self, Raw};
@@ -100,12 +101,8 @@ pub fn build() -> Result<PathBuf> {
 impl Run<'_> {
     /// Boots the node whose files are in `files`, runs the payload's command in it and returns its exit code.
     pub fn run(&self, files: &Path) -> Result<u8> {
-        if self.counting {
-            for file in [&files.join("root.ext4"), self.payload, self.images] {
-                read_ahead(file).or_cannot(format!("read {}", file.display()))?;
-            }
-        }
-        let mut machine = Machine::new(self, files);
+        let memory = self.counting.then(Memory::new).transpose()?;
+        let mut machine = Machine::new(self, files, memory.as_ref())?;
         let mut control = BufReader::new(machine.port("control")?);
         control
             .get_ref()
@@ -129,7 +126,7 @@ impl Run<'_> {
             machine.port("stdin")?
         };
         let mut qemu = machine.start()?;
-        let code = self.command(&mut qemu, &mut control, &input);
+        let code = self.command(&mut qemu, memory, &mut control, &input);
         // What the node has written by now lies in our sockets: the copying ends when it has been read.
         let stopped = qemu.kill().and_then(|()| qemu.wait());
         for output in outputs {
@@ -143,10 +140,13 @@ impl Run<'_> {
     fn command(
         &self,
         qemu: &mut Child,
+        memory: Option<Memory>,
         control: &mut impl BufRead,
         input: &UnixStream,
     ) -> Result<u8> {
         let line = self.line(qemu, control)?;
+        // QEMU has its disks open by now, and whoever kills us leaves nothing behind.
+        drop(memory);
         if line != "ready" {
             return Err(self.broken(format!("it said {line:?} instead of being ready")));
         }
@@ -198,6 +198,24 @@ impl Run<'_> {
     }
 }
 
+/// A place in memory for the disks of a node that counts. Its clock leaps to the next event whenever nothing is to be done: it would show seconds
+/// and minutes while a disk of the host is waited for, and the host forgets what it has read when it likes.
+struct Memory(TempDir);
+
+impl Memory {
+    fn new() -> Result<Self> {
+        let place = TempDir::new_in("/dev/shm").or_cannot("create a directory in /dev/shm")?;
+        Ok(Self(place))
+    }
+
+    /// Copies a file into it, and returns the copy.
+    fn hold(&self, file: &Path) -> Result<PathBuf> {
+        let copy = self.0.path().join(file.file_name().unwrap_or_default());
+        copy_data(file, &copy).or_cannot(format!("copy {} into memory", file.display()))?;
+        Ok(copy)
+    }
+}
+
 /// QEMU before its start.
 struct Machine<'a> {
     command: Command,
@@ -208,7 +226,7 @@ struct Machine<'a> {
 }
 
 impl<'a> Machine<'a> {
-    fn new(run: &Run<'a>, files: &Path) -> Self {
+    fn new(run: &Run<'a>, files: &Path, memory: Option<&Memory>) -> Result<Self> {
         // The node's processor dies with us, whatever happens to us.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
@@ -221,14 +239,20 @@ impl<'a> Machine<'a> {
             .to_owned();
         command.arg("-kernel").arg(files.join("vmlinux"));
         command.arg("-initrd").arg(files.join("initrd"));
-        command.arg("-drive").arg(format!(
-            "file={},if=virtio,format=raw,snapshot=on",
-            option(&files.join("root.ext4"))
-        ));
-        for image in [run.payload, run.images] {
+        if let Some(Memory(directory)) = memory {
+            // Where QEMU puts what the node writes.
+            command.env("TMPDIR", directory.path());
+        }
+        let root = files.join("root.ext4");
+        for (file, mode) in [
+            (root.as_path(), "snapshot=on"),
+            (run.payload, "readonly=on"),
+            (run.images, "readonly=on"),
+        ] {
+            let copy = memory.map(|memory| memory.hold(file)).transpose()?;
             command.arg("-drive").arg(format!(
-                "file={},if=virtio,format=raw,readonly=on",
-                option(image)
+                "file={},if=virtio,format=raw,{mode}",
+                option(copy.as_deref().unwrap_or(file))
             ));
         }
         command.args(["-device", "virtio-serial-pci"]);
@@ -254,12 +278,12 @@ impl<'a> Machine<'a> {
             ));
             parameters += " node.share";
         }
-        Self {
+        Ok(Self {
             command,
             console: run.console,
             parameters,
             ends: Vec::new(),
-        }
+        })
     }
 
     /// Adds to the kernel's command line.
@@ -316,20 +340,21 @@ impl<'a> Machine<'a> {
     }
 }
 
-/// Brings a file into memory, but for its holes. A clock that counts instructions leaps to the next event whenever nothing is to be done, so that
-/// the node would see minutes pass while its disk is waited for.
-fn read_ahead(path: &Path) -> io::Result<()> {
-    let mut file = File::open(path)?;
+/// Copies a file, but for its holes.
+fn copy_data(from: &Path, to: &Path) -> io::Result<()> {
+    let (mut from, mut to) = (File::open(from)?, File::create(to)?);
+    to.set_len(from.metadata()?.len())?;
     let mut end = 0;
     loop {
-        let begin = match seek(&file, SeekFrom::Data(end)) {
+        let begin = match seek(&from, SeekFrom::Data(end)) {
             Ok(begin) => begin,
             Err(Errno::NXIO) => return Ok(()),
             Err(errno) => return Err(errno.into()),
         };
-        end = seek(&file, SeekFrom::Hole(begin))?;
-        seek(&file, SeekFrom::Start(begin))?;
-        io::copy(&mut (&mut file).take(end - begin), &mut io::sink())?;
+        end = seek(&from, SeekFrom::Hole(begin))?;
+        seek(&from, SeekFrom::Start(begin))?;
+        seek(&to, SeekFrom::Start(begin))?;
+        io::copy(&mut (&mut from).take(end - begin), &mut to)?;
     }
 }
 

@@ -43,9 +43,8 @@ pub const RUNTIME: &str = "io.containerd.bulkhead.v2";
 /// Where Bulkhead looks for its configuration.
 const CONFIGURATION_DIRECTORY: &str = "/etc/bulkhead";
 
-/// How long containerd may take until it serves: two seconds in emulation, more when the machine is busy, and more than it looks like where the clock
-/// counts instructions and leaps while a disk is waited for.
-const START_LIMIT: Duration = Duration::from_secs(600);
+/// How long containerd may take until it serves: two seconds in emulation, more when the machine is busy.
+const START_LIMIT: Duration = Duration::from_secs(120);
 
 /// A site's places.
 #[derive(Debug, Clone)]
