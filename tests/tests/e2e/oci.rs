@@ -263,7 +263,7 @@ fn limits_of_devices_are_those_of_the_disks_on_them() {
 #[test]
 fn a_limit_of_processes_holds() {
     let world = World::new().unwrap();
-    let script = "for n in 1 2 3 4 5 6 7 8 9; do sleep 100 & done; echo reached; kill %1";
+    let script = "for n in 1 2 3 4 5 6 7 8 9; do tail -f /dev/null & done; echo reached; kill %1";
     both(
         &world,
         &format!("({script}) 2>/dev/null; echo $?"),
@@ -487,7 +487,7 @@ fn running_out_of_memory_ends_the_container_alone() {
 fn statistics_are_those_of_the_container() {
     let world = World::new().unwrap();
     let [ours, runcs] = [Runtime::Bulkhead, Runtime::Runc].map(|runtime| {
-        let script = "dd if=/dev/zero of=/tmp/file bs=1M count=8 2>/dev/null; i=0; while test $i -lt 20000; do i=$((i+1)); done; mkfifo /tmp/done 2>/dev/null; echo >/tmp/done; exec sleep 1000";
+        let script = "dd if=/dev/zero of=/tmp/file bs=1M count=8 2>/dev/null; i=0; while test $i -lt 20000; do i=$((i+1)); done; mkfifo /tmp/done 2>/dev/null; echo >/tmp/done; exec tail -f /dev/null";
         let mut bundle = Bundle::new(&world.site().directory, script).unwrap();
         set(
             &mut bundle,
