@@ -25,8 +25,10 @@ use std::thread;
 
 use bulkhead_tests::ctr::{Runtime, World};
 use bulkhead_tests::peer::{Bundle, Kind, PATIENCE, Paths, Peer, Shim, Stream};
+use containerd_shim_protos::ttrpc;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use serde_json::Value;
 
 use differences::{Difference, differ_in_code};
 
@@ -146,6 +148,25 @@ impl Pod {
         let mut notes = vec![own];
         notes.extend(self.peer.events.rest().unwrap());
         notes
+    }
+
+    /// What a container of such a configuration writes until it ends; an error is that of Create.
+    fn said(
+        &self,
+        id: &str,
+        program: &[&str],
+        change: impl FnOnce(&mut Value),
+    ) -> ttrpc::Result<String> {
+        let kind = Kind::Member(&self.sandbox.id);
+        let bundle = self.peer.bundle(id, kind, program, change).unwrap();
+        let streams = self.peer.streams(id, None).unwrap();
+        self.shim.create(&bundle, &streams.paths)?;
+        self.shim.start(id, "").unwrap();
+        self.shim.wait(id, "").unwrap();
+        self.shim.delete(id, "").unwrap();
+        self.events(id, "delete");
+        assert_eq!(streams.stderr.text().unwrap(), "");
+        Ok(streams.stdout.text().unwrap().trim_end().into())
     }
 
     /// Ends what a failure has left.
