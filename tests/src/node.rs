@@ -6,8 +6,8 @@
 //! as well when the node's clock counts instructions instead of time.
 
 use std::env;
-use std::fs::{File, OpenOptions};
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write, stderr, stdin, stdout};
+use std::fs::OpenOptions;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write, stderr, stdin, stdout};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -16,10 +16,8 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use rustix::fs::{SeekFrom, seek};
-use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use tempfile::TempDir;
 
 use crate::error::{Context, Error, Result};
 use crate::terminal::{self, Raw};
@@ -101,8 +99,7 @@ pub fn build() -> Result<PathBuf> {
 impl Run<'_> {
     /// Boots the node whose files are in `files`, runs the payload's command in it and returns its exit code.
     pub fn run(&self, files: &Path) -> Result<u8> {
-        let memory = self.counting.then(Memory::new).transpose()?;
-        let mut machine = Machine::new(self, files, memory.as_ref())?;
+        let mut machine = Machine::new(self, files);
         let mut control = BufReader::new(machine.port("control")?);
         control
             .get_ref()
@@ -126,7 +123,7 @@ impl Run<'_> {
             machine.port("stdin")?
         };
         let mut qemu = machine.start()?;
-        let code = self.command(&mut qemu, memory, &mut control, &input);
+        let code = self.command(&mut qemu, &mut control, &input);
         // What the node has written by now lies in our sockets: the copying ends when it has been read.
         let stopped = qemu.kill().and_then(|()| qemu.wait());
         for output in outputs {
@@ -140,13 +137,10 @@ impl Run<'_> {
     fn command(
         &self,
         qemu: &mut Child,
-        memory: Option<Memory>,
         control: &mut impl BufRead,
         input: &UnixStream,
     ) -> Result<u8> {
         let line = self.line(qemu, control)?;
-        // QEMU has its disks open by now, and whoever kills us leaves nothing behind.
-        drop(memory);
         if line != "ready" {
             return Err(self.broken(format!("it said {line:?} instead of being ready")));
         }
@@ -198,24 +192,6 @@ impl Run<'_> {
     }
 }
 
-/// A place in memory for the disks of a node that counts. Its clock leaps to the next event whenever nothing is to be done: it would show seconds
-/// and minutes while a disk of the host is waited for, and the host forgets what it has read when it likes.
-struct Memory(TempDir);
-
-impl Memory {
-    fn new() -> Result<Self> {
-        let place = TempDir::new_in("/dev/shm").or_cannot("create a directory in /dev/shm")?;
-        Ok(Self(place))
-    }
-
-    /// Copies a file into it, and returns the copy.
-    fn hold(&self, file: &Path) -> Result<PathBuf> {
-        let copy = self.0.path().join(file.file_name().unwrap_or_default());
-        copy_data(file, &copy).or_cannot(format!("copy {} into memory", file.display()))?;
-        Ok(copy)
-    }
-}
-
 /// QEMU before its start.
 struct Machine<'a> {
     command: Command,
@@ -226,7 +202,7 @@ struct Machine<'a> {
 }
 
 impl<'a> Machine<'a> {
-    fn new(run: &Run<'a>, files: &Path, memory: Option<&Memory>) -> Result<Self> {
+    fn new(run: &Run<'a>, files: &Path) -> Self {
         // The node's processor dies with us, whatever happens to us.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
@@ -239,20 +215,14 @@ impl<'a> Machine<'a> {
             .to_owned();
         command.arg("-kernel").arg(files.join("vmlinux"));
         command.arg("-initrd").arg(files.join("initrd"));
-        if let Some(Memory(directory)) = memory {
-            // Where QEMU puts what the node writes.
-            command.env("TMPDIR", directory.path());
-        }
-        let root = files.join("root.ext4");
-        for (file, mode) in [
-            (root.as_path(), "snapshot=on"),
-            (run.payload, "readonly=on"),
-            (run.images, "readonly=on"),
-        ] {
-            let copy = memory.map(|memory| memory.hold(file)).transpose()?;
+        command.arg("-drive").arg(format!(
+            "file={},if=virtio,format=raw,snapshot=on",
+            option(&files.join("root.ext4"))
+        ));
+        for image in [run.payload, run.images] {
             command.arg("-drive").arg(format!(
-                "file={},if=virtio,format=raw,{mode}",
-                option(copy.as_deref().unwrap_or(file))
+                "file={},if=virtio,format=raw,readonly=on",
+                option(image)
             ));
         }
         command.args(["-device", "virtio-serial-pci"]);
@@ -263,6 +233,7 @@ impl<'a> Machine<'a> {
         command.args(["-serial", "chardev:kernel"]);
         if run.counting {
             command.args(["-icount", "shift=2,sleep=off"]);
+            parameters += " node.counting";
         } else {
             command.args(["-nic", "user,model=virtio-net-pci"]);
             parameters += " node.network";
@@ -278,12 +249,12 @@ impl<'a> Machine<'a> {
             ));
             parameters += " node.share";
         }
-        Ok(Self {
+        Self {
             command,
             console: run.console,
             parameters,
             ends: Vec::new(),
-        })
+        }
     }
 
     /// Adds to the kernel's command line.
@@ -337,24 +308,6 @@ impl<'a> Machine<'a> {
             .stderr(log)
             .spawn()
             .or_cannot("start QEMU")
-    }
-}
-
-/// Copies a file, but for its holes.
-fn copy_data(from: &Path, to: &Path) -> io::Result<()> {
-    let (mut from, mut to) = (File::open(from)?, File::create(to)?);
-    to.set_len(from.metadata()?.len())?;
-    let mut end = 0;
-    loop {
-        let begin = match seek(&from, SeekFrom::Data(end)) {
-            Ok(begin) => begin,
-            Err(Errno::NXIO) => return Ok(()),
-            Err(errno) => return Err(errno.into()),
-        };
-        end = seek(&from, SeekFrom::Hole(begin))?;
-        seek(&from, SeekFrom::Start(begin))?;
-        seek(&to, SeekFrom::Start(begin))?;
-        io::copy(&mut (&mut from).take(end - begin), &mut to)?;
     }
 }
 
