@@ -1,5 +1,7 @@
 //! What a machine executes in which nothing happens.
 
+use std::time::Duration;
+
 use bulkhead_tests::bench::{Row, Unit};
 use bulkhead_tests::ctr::{Runtime, World};
 use bulkhead_tests::error::{Context, Error, Result};
@@ -7,14 +9,17 @@ use bulkhead_tests::site::Site;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use crate::REPEATS;
 use crate::meter::{Meter, vmm};
+use crate::{REPEATS, insist, remove};
 
 /// How long nothing happens, on the node's clock.
 const TIME: Timespec = Timespec {
     tv_sec: 10,
     tv_nsec: 0,
 };
+
+/// How long all repeats take at most, and the machine's start.
+const LIMIT: Duration = Duration::from_secs(10 * (REPEATS as u64 + 2));
 
 /// Compares the node with an idle machine and without one.
 pub fn idle(_: &Site) -> Result<Vec<Row>> {
@@ -24,16 +29,7 @@ pub fn idle(_: &Site) -> Result<Vec<Row>> {
     for _ in 0..REPEATS {
         without.push(counted(alone)?);
     }
-    let container = world.container(Runtime::Bulkhead, "busybox")?;
-    let running = container.start(&["tail", "-f", "/dev/null"])?;
-    let vmm = vmm()?;
-    // What a start leaves to be done later is done after this.
-    counted(vmm)?;
-    let mut with = Vec::new();
-    for _ in 0..REPEATS {
-        with.push(counted(vmm)?);
-    }
-    running.delete()?;
+    let with = insist(LIMIT, || with_machine(&world))?;
     world.finish()?;
     let more = with
         .iter()
@@ -53,6 +49,18 @@ pub fn idle(_: &Site) -> Result<Vec<Row>> {
             values: without,
         },
     ])
+}
+
+/// Millions of instructions of the node with an idle machine, in each repeat.
+fn with_machine(world: &World) -> Result<Vec<f64>> {
+    let container = world.container(Runtime::Bulkhead, "busybox")?;
+    let running = container.start(&["tail", "-f", "/dev/null"])?;
+    let vmm = vmm()?;
+    // What a start leaves to be done later is done after this.
+    counted(vmm)?;
+    let with = (0..REPEATS).map(|_| counted(vmm)).collect();
+    remove(running, &with)?;
+    with
 }
 
 /// Millions of instructions while nothing happens. The process `pid` must live on.

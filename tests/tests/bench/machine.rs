@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bulkhead_agent::protocol::AGENT_PORT;
 use bulkhead_shim::machine::CMDLINE;
@@ -12,7 +12,7 @@ use bulkhead_tests::site::Site;
 use bulkhead_vmm::control::{Boot, Channel, Disk, Event, Extent, Request, StopReason};
 use bulkhead_vmm::launch::{self, Vmm};
 
-use crate::REPEATS;
+use crate::{REPEATS, START_LIMIT, insist};
 
 /// The machine's memory in MiB.
 const MEMORY: u32 = 128;
@@ -21,26 +21,10 @@ const MEMORY: u32 = 128;
 pub fn start(site: &Site) -> Result<Vec<Row>> {
     let (mut times, mut vmm, mut guest) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..REPEATS {
-        let machine = Machine::launch(site, CMDLINE)?;
-        let (event, _stream) = machine.after_start()?;
-        times.push(Unit::VirtualMs.of(machine.start.elapsed()));
-        if event != (Event::StreamOpened { port: AGENT_PORT }) {
-            return Err(Error::Unfit(format!(
-                "the agent was not there, but: {event:?}"
-            )));
-        }
-        let mappings = mappings(machine.vmm.pid())?;
-        // The guest's memory is one mapping, by far the largest.
-        let is_guest = |mapping: &&Mapping| mapping.size >= u64::from(MEMORY) << 10;
-        let (ram, other): (Vec<&Mapping>, Vec<&Mapping>) = mappings.iter().partition(is_guest);
-        let &[ram] = ram.as_slice() else {
-            return Err(Error::Unfit(format!(
-                "{} mappings of the VMM have {MEMORY} MiB or more, and not the guest's memory alone",
-                ram.len()
-            )));
-        };
-        vmm.push(Mapping::mib(other.iter().map(|mapping| mapping.pss).sum()));
-        guest.push(Mapping::mib(ram.rss));
+        let started = insist(START_LIMIT, || until_agent(site))?;
+        times.push(Unit::VirtualMs.of(started.time));
+        vmm.push(Mapping::mib(started.vmm));
+        guest.push(Mapping::mib(started.guest));
     }
     Ok(vec![
         Row {
@@ -64,21 +48,47 @@ pub fn start(site: &Site) -> Result<Vec<Row>> {
     ])
 }
 
+/// A machine whose agent is there.
+struct Started {
+    time: Duration,
+    /// What the VMM has in memory outside of the guest's, in KiB.
+    vmm: u64,
+    /// What the guest has touched, in KiB.
+    guest: u64,
+}
+
+fn until_agent(site: &Site) -> Result<Started> {
+    let machine = Machine::launch(site, CMDLINE)?;
+    let (event, _stream) = machine.after_start()?;
+    let time = machine.start.elapsed();
+    if event != (Event::StreamOpened { port: AGENT_PORT }) {
+        return Err(Error::Unfit(format!(
+            "the agent was not there, but: {event:?}"
+        )));
+    }
+    let mappings = mappings(machine.vmm.pid())?;
+    // The guest's memory is one mapping, by far the largest.
+    let is_guest = |mapping: &&Mapping| mapping.size >= u64::from(MEMORY) << 10;
+    let (ram, other): (Vec<&Mapping>, Vec<&Mapping>) = mappings.iter().partition(is_guest);
+    let &[ram] = ram.as_slice() else {
+        return Err(Error::Unfit(format!(
+            "{} mappings of the VMM have {MEMORY} MiB or more, and not the guest's memory alone",
+            ram.len()
+        )));
+    };
+    Ok(Started {
+        time,
+        vmm: other.iter().map(|mapping| mapping.pss).sum(),
+        guest: ram.rss,
+    })
+}
+
 /// From the VMM's execution to the execution of the guest's first process: one that is not there, so that the kernel panics
 /// at this point, without a console that it would tell of it.
 pub fn first_process(site: &Site) -> Result<Vec<Row>> {
-    let cmdline = CMDLINE.replace("console=ttyS0", "console=null") + " init=/nothing";
     let mut values = Vec::new();
     for _ in 0..REPEATS {
-        let machine = Machine::launch(site, &cmdline)?;
-        let (event, _) = machine.after_start()?;
-        values.push(Unit::Instructions.of(machine.start.elapsed()));
-        let reason = StopReason::Panic;
-        if event != (Event::Stopped { reason }) {
-            return Err(Error::Unfit(format!(
-                "the guest did not look for its first process, but: {event:?}"
-            )));
-        }
+        values.push(Unit::Instructions.of(insist(START_LIMIT, || until_panic(site))?));
     }
     Ok(vec![Row {
         name: "pid-1",
@@ -86,6 +96,20 @@ pub fn first_process(site: &Site) -> Result<Vec<Row>> {
         unit: Unit::Instructions,
         values,
     }])
+}
+
+fn until_panic(site: &Site) -> Result<Duration> {
+    let cmdline = CMDLINE.replace("console=ttyS0", "console=null") + " init=/nothing";
+    let machine = Machine::launch(site, &cmdline)?;
+    let (event, _) = machine.after_start()?;
+    let time = machine.start.elapsed();
+    let reason = StopReason::Panic;
+    if event != (Event::Stopped { reason }) {
+        return Err(Error::Unfit(format!(
+            "the guest did not look for its first process, but: {event:?}"
+        )));
+    }
+    Ok(time)
 }
 
 /// A VMM with the guest's root image as its only disk. Dropping it ends it.

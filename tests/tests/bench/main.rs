@@ -11,6 +11,8 @@ mod streams;
 mod traffic;
 
 use std::process::ExitCode;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::Duration;
 
 use bulkhead_tests::bench::{Budgets, Report, Row};
@@ -28,9 +30,17 @@ const VMM: &str = "bulkhead-vmm";
 
 /// How often a measurement is tried.
 ///
-/// The emulated AMD-V now and then injects a timer's interrupt into a guest that has its interrupts disabled. That guest then waits for
-/// a lock that it holds itself; a machine that works for seconds is likely to be hit.
+/// QEMU raises an interrupt that was injected into a guest a second time, if it has to look at its own timers before the guest
+/// leaves to its host or has an exception (`helper_vmrun` leaves the vector in `exception_index`, which a reached limit of `-icount`
+/// makes an exception). The guest's handler is then interrupted by itself, and waits for a lock that it holds; a machine that works
+/// for seconds is likely to be hit.
 const ATTEMPTS: usize = 8;
+
+/// How long a machine that was not hit takes at most to start and to end, on the node's clock.
+const START_LIMIT: Duration = Duration::from_secs(3);
+
+/// How long it takes at most if something passes through it between the two.
+const STREAM_LIMIT: Duration = Duration::from_secs(15);
 
 /// How long a machine may be silent until it is taken for one that was hit, on the node's clock.
 const SILENCE: Duration = Duration::from_secs(1);
@@ -131,10 +141,10 @@ fn bench(only: Option<&str>) -> Result<bool> {
 }
 
 /// Measures with a machine of its own, and if that fails, tells why and does so again with a new one.
-fn insist<T>(mut measure: impl FnMut() -> Result<T>) -> Result<T> {
+fn insist<T>(limit: Duration, mut measure: impl FnMut() -> Result<T>) -> Result<T> {
     let mut failures = 0;
     loop {
-        match measure() {
+        match within(limit, &mut measure) {
             Err(error) if failures + 1 < ATTEMPTS => {
                 eprintln!("once more, because of this: {error}");
                 failures += 1;
@@ -144,12 +154,38 @@ fn insist<T>(mut measure: impl FnMut() -> Result<T>) -> Result<T> {
     }
 }
 
+/// Measures, and ends the machine if that takes longer than `limit`, so that nobody waits for it any more.
+fn within<T>(limit: Duration, measure: impl FnOnce() -> Result<T>) -> Result<T> {
+    let (measuring, measured) = mpsc::channel::<()>();
+    let watch = thread::spawn(move || match measured.recv_timeout(limit) {
+        Err(RecvTimeoutError::Timeout) => kill_machines().map(|()| true),
+        _ => Ok(false),
+    });
+    let result = measure();
+    drop(measuring);
+    let late = watch
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    match late {
+        true => Err(Error::Unfit(format!(
+            "a machine was not done after {} s",
+            limit.as_secs()
+        ))),
+        false => result,
+    }
+}
+
+/// Ends all machines, without asking them.
+fn kill_machines() -> Result<()> {
+    process::named(VMM)?
+        .into_iter()
+        .try_for_each(|vmm| process::kill(vmm, Signal::KILL))
+}
+
 /// Removes a container whose measurement has ended like this. A machine that is silent does not end because it is told to.
 fn remove<T>(running: Running<'_>, result: &Result<T>) -> Result<()> {
     if result.is_err() {
-        for vmm in process::named(VMM)? {
-            process::kill(vmm, Signal::KILL)?;
-        }
+        kill_machines()?;
     }
     running.delete()
 }

@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::meter::{Meter, Shares, vmm};
 use crate::traffic::{self, Order, Place, Side};
-use crate::{REPEATS, insist, quotients, remove};
+use crate::{REPEATS, STREAM_LIMIT, insist, quotients, remove};
 
 /// Where containerd looks for networks and their plugins, and where Debian puts the plugins.
 const NETWORKS: &str = "/etc/cni/net.d";
@@ -132,7 +132,7 @@ pub fn traffic(_: &Site) -> Result<Vec<Row>> {
             their,
             shares,
             total,
-        } = insist(|| measure(&world, &bundles, &place, kind))?;
+        } = insist(STREAM_LIMIT, || measure(&world, &bundles, &place, kind))?;
         let row = |name, what, unit, values| Row {
             name,
             what,

@@ -10,8 +10,8 @@ use bulkhead_tests::error::{Context, Error, Result};
 use bulkhead_tests::leftovers::Snapshot;
 use bulkhead_tests::site::Site;
 
-use crate::REPEATS;
 use crate::machine::{Mapping, mappings};
+use crate::{REPEATS, START_LIMIT, insist, remove};
 
 /// How long it may take until nothing is left of a container.
 const SETTLE_LIMIT: Duration = Duration::from_secs(60);
@@ -20,11 +20,11 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(60);
 pub fn compare(site: &Site) -> Result<Vec<Row>> {
     // The first run of each also makes what all later ones share: cached layers, directories.
     for runtime in [Runtime::Bulkhead, Runtime::Runc] {
-        timed(site, runtime)?;
+        insist(START_LIMIT, || timed(site, runtime))?;
     }
     let (mut ours, mut theirs, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..REPEATS {
-        let our = timed(site, Runtime::Bulkhead)?.as_secs_f64();
+        let our = insist(START_LIMIT, || timed(site, Runtime::Bulkhead))?.as_secs_f64();
         let their = timed(site, Runtime::Runc)?.as_secs_f64();
         ours.push(our * 1e3);
         theirs.push(their * 1e3);
@@ -78,12 +78,7 @@ pub fn shim_memory(_: &Site) -> Result<Vec<Row>> {
     let world = World::new()?;
     let mut values = Vec::new();
     for _ in 0..REPEATS {
-        let container = world.container(Runtime::Bulkhead, "busybox")?;
-        let running = container.start(&["sleep", "1000"])?;
-        let shim = parent(running.pid()?)?;
-        let pss = mappings(shim)?.iter().map(|mapping| mapping.pss).sum();
-        values.push(Mapping::mib(pss));
-        running.delete()?;
+        values.push(insist(START_LIMIT, || one_shim(&world))?);
     }
     world.finish()?;
     Ok(vec![Row {
@@ -92,6 +87,21 @@ pub fn shim_memory(_: &Site) -> Result<Vec<Row>> {
         unit: Unit::Mib,
         values,
     }])
+}
+
+/// That of one container, in MiB.
+fn one_shim(world: &World) -> Result<f64> {
+    let container = world.container(Runtime::Bulkhead, "busybox")?;
+    let running = container.start(&["tail", "-f", "/dev/null"])?;
+    let pss = running.pid().and_then(parent).and_then(pss);
+    remove(running, &pss)?;
+    pss
+}
+
+/// What a process has in memory, in MiB.
+fn pss(pid: u32) -> Result<f64> {
+    let pss = mappings(pid)?.iter().map(|mapping| mapping.pss).sum();
+    Ok(Mapping::mib(pss))
 }
 
 /// A task's process is the VMM; its parent is the shim.

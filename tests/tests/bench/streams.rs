@@ -10,7 +10,7 @@ use bulkhead_tests::site::Site;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::meter::Meter;
-use crate::{REPEATS, SILENCE, insist, quotients, remove};
+use crate::{REPEATS, SILENCE, STREAM_LIMIT, insist, quotients, remove};
 
 /// How much each repeat writes, in MiB.
 const LENGTH: u64 = 16;
@@ -24,7 +24,7 @@ const SCRIPT: &str = "while read n; do dd if=/dev/zero bs=64k count=$((n * 16)) 
 /// Has both runtimes in turn write to a FIFO.
 pub fn output(_: &Site) -> Result<Vec<Row>> {
     let world = World::new()?;
-    let (our, their) = insist(|| measure(&world))?;
+    let (our, their) = insist(STREAM_LIMIT, || measure(&world))?;
     world.finish()?;
     let quotients = quotients(&our, &their);
     Ok(vec![
