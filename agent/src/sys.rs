@@ -96,16 +96,16 @@ pub fn start_helper(work: impl FnOnce()) -> io::Result<OwnedFd> {
     match fork_into(0, None)? {
         Fork::Parent(_, descriptor) => Ok(descriptor),
         Fork::Child => {
-            close_copies(None);
+            close_copies(&[]);
             work();
             exit(0)
         }
     }
 }
 
-/// Closes, in a copy of a process, every descriptor from 3 on but one. For a copy that uses and drops none of the others any more: as
+/// Closes, in a copy of a process, every descriptor from 3 on but these. For a copy that uses and drops none of the others any more: as
 /// long as it has them, whoever is at their other ends waits.
-pub fn close_copies(kept: Option<BorrowedFd<'_>>) {
+pub fn close_copies(kept: &[BorrowedFd<'_>]) {
     let close = |first: RawFd, last: RawFd| {
         if first <= last {
             // SAFETY: no memory is involved. What owns these descriptors is a copy, too, in a process without another thread, which
@@ -113,13 +113,14 @@ pub fn close_copies(kept: Option<BorrowedFd<'_>>) {
             unsafe { libc::close_range(first as libc::c_uint, last as libc::c_uint, 0) };
         }
     };
-    match kept.map(|kept| kept.as_raw_fd()) {
-        Some(kept) if kept >= 3 => {
-            close(3, kept - 1);
-            close(kept + 1, RawFd::MAX);
-        }
-        Some(_) | None => close(3, RawFd::MAX),
+    let mut kept: Vec<RawFd> = kept.iter().map(|kept| kept.as_raw_fd()).collect();
+    kept.sort_unstable();
+    let mut first = 3;
+    for kept in kept.into_iter().filter(|&kept| kept >= 3) {
+        close(first, kept - 1);
+        first = kept + 1;
     }
+    close(first, RawFd::MAX);
 }
 
 /// From `linux/sched.h`; libc has it with a type that overflows.
@@ -195,20 +196,6 @@ fn change_mount(
             libc::AT_EMPTY_PATH | recursive,
             &raw const *arguments,
             size_of::<libc::mount_attr>(),
-        )
-    })
-    .map(drop)
-}
-
-/// Marks every descriptor from 3 on to be closed by execve.
-pub fn close_on_exec_from_three() -> io::Result<()> {
-    // SAFETY: no memory is involved.
-    check(unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            3,
-            libc::c_uint::MAX,
-            libc::CLOSE_RANGE_CLOEXEC,
         )
     })
     .map(drop)

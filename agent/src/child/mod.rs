@@ -4,8 +4,8 @@
 //! (disks, mounts) happens in it and the agent answers other requests meanwhile. It ends in the program's start or in a report of
 //! the error; it never returns to the agent's code.
 //!
-//! It holds the agent's descriptors, all close-on-exec, and is not dumpable, so no process of the container can reach into it or
-//! through it.
+//! Of the agent's descriptors it closes at once all that are not meant for it: the other ends of other containers' streams wait until
+//! nobody has them. What it keeps is close-on-exec, and it is not dumpable, so no process of the container can reach into it or through it.
 
 pub mod channel;
 pub mod copy;
@@ -92,7 +92,9 @@ pub fn init(
     channel: &Child,
 ) -> ! {
     let enter = || {
-        begin()?;
+        let outside_descriptors = outside.iter().flat_map(Outside::descriptors);
+        let kept = joined.iter().map(AsFd::as_fd).chain(outside_descriptors);
+        begin(kept, stdio.as_ref(), channel)?;
         for namespace in joined {
             sys::setns(namespace.as_fd(), 0)
                 .context(|| "entering a namespace of another container".into())?;
@@ -238,7 +240,7 @@ fn join(
     stdio: Option<Stdio>,
     channel: &Child,
 ) -> Result<Infallible, Error> {
-    begin()?;
+    begin([target].into_iter(), stdio.as_ref(), channel)?;
     // The agent has arranged that this process was born in the container's PID namespace.
     let namespaces = container.namespaces.entered() & !sys::CLONE_NEWPID;
     if container.namespaces.has(sys::CLONE_NEWUSER) {
@@ -261,11 +263,20 @@ fn join(
     start::start(program, &[], &container.state, None)
 }
 
-/// What every process begins with.
-fn begin() -> Result<(), Error> {
+/// What every process begins with. Of the agent's descriptors it keeps these, its streams and its channel.
+fn begin<'fd>(
+    kept: impl Iterator<Item = BorrowedFd<'fd>>,
+    stdio: Option<&'fd Stdio>,
+    channel: &'fd Child,
+) -> Result<(), Error> {
+    let stdio = stdio.map(|stdio| [&stdio.input, &stdio.output, &stdio.error]);
+    let stdio = stdio.into_iter().flatten().map(AsFd::as_fd);
+    let kept: Vec<_> = kept.chain(stdio).chain([channel.as_fd()]).collect();
+    sys::close_copies(&kept);
     sys::reset_signals().context(|| "resetting signals".into())?;
-    rustix::process::setsid().context(|| "beginning a session".into())?;
-    sys::close_on_exec_from_three().context(|| "marking descriptors close-on-exec".into())
+    rustix::process::setsid()
+        .context(|| "beginning a session".into())
+        .map(drop)
 }
 
 /// Joins the keyring that the processes of a container share.

@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::mount::MountPropagationFlags;
@@ -23,6 +23,16 @@ pub struct Outside {
     pub root: OwnedFd,
     /// For each mount of which [`Container::is_prepared_outside`], in their order.
     pub mounts: VecDeque<OwnedFd>,
+}
+
+impl Outside {
+    /// All of it.
+    pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        [&self.root]
+            .into_iter()
+            .chain(&self.mounts)
+            .map(AsFd::as_fd)
+    }
 }
 
 /// Settings of a network that is shared by containers with users of their own: none of them has a privilege in it, and each could use
@@ -81,6 +91,7 @@ impl Container {
 
 /// Prepares what a container needs from outside, hands it over (the root first, then the mounts) and ends.
 pub fn run(container: &Container, channel: &Child) -> ! {
+    sys::close_copies(&[channel.as_fd()]);
     let code = match prepare(container, channel) {
         Ok(()) => 0,
         Err(error) => {

@@ -83,9 +83,9 @@ pub fn start(
         ))
     };
     match channel {
-        // It may wait for long, and has copies of all that the agent had open when it was made.
+        // It may wait for long, and has what it was built from open: the guest's root, other containers' namespaces.
         Some(channel) => {
-            sys::close_copies(Some(channel.as_fd()));
+            sys::close_copies(&[channel.as_fd()]);
             super::end(become_it(), channel)
         }
         None => become_it(),

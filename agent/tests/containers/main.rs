@@ -83,6 +83,7 @@ tests! {
     streams:
         a_hundred_mebibytes_pass_through_intact
         an_input_ends_while_another_container_waits_for_its_start
+        an_input_ends_while_another_containers_hook_runs
         all_output_arrives_before_the_stream_ends
         a_reader_that_stops_holds_only_its_own_writer
         streams_may_come_after_the_request

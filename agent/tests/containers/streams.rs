@@ -1,5 +1,6 @@
 //! Standard streams and terminals.
 
+use std::fs::OpenOptions;
 use std::io::{Read, Write};
 
 use containerd_shim_protos::api::ResizePtyRequest;
@@ -60,6 +61,40 @@ pub async fn an_input_ends_while_another_container_waits_for_its_start(guest: &G
     assert_eq!(guest.wait("reads", "").await.unwrap(), 0);
     guest.delete("reads", "").await.unwrap();
     guest.delete("waits", "").await.unwrap();
+}
+
+pub async fn an_input_ends_while_another_containers_hook_runs(guest: &Guest) {
+    let root = guest.root();
+    for name in ["begun", "go"] {
+        mknodat(CWD, root.join(name), FileType::Fifo, Mode::RWXU, 0).unwrap();
+    }
+    let mut streams = guest.streams(false);
+    let cat = spec(&["cat"]);
+    guest
+        .create("reads", &cat, &[bind(&guest.root())], &streams, false)
+        .await
+        .unwrap();
+    guest.start("reads", "").await.unwrap();
+    let script = "echo >/begun; read word </go";
+    let mut hooked = spec(&["true"]);
+    hooked["hooks"] = json!({
+        "createContainer": [{"path": "/bin/sh", "args": ["sh", "-c", script], "timeout": 30}],
+    });
+    let (others, bound) = (guest.streams(false), [bind(&root)]);
+    let create = guest.create("hooked", &hooked, &bound, &others, false);
+    let mut go = OpenOptions::new();
+    let mut go = go.read(true).write(true).open(root.join("go")).unwrap();
+    let begun = tokio::task::spawn_blocking(move || std::fs::read(root.join("begun")));
+    let meanwhile = async {
+        begun.await.unwrap().unwrap();
+        drop(streams.input.take());
+        assert_eq!(guest.wait("reads", "").await.unwrap(), 0);
+        go.write_all(b"\n").unwrap();
+    };
+    // If the input does not end, the hook takes too long.
+    tokio::join!(create, meanwhile).0.unwrap();
+    guest.delete("reads", "").await.unwrap();
+    guest.delete("hooked", "").await.unwrap();
 }
 
 pub async fn all_output_arrives_before_the_stream_ends(guest: &Guest) {
