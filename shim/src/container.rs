@@ -50,6 +50,8 @@ pub struct Container {
     pub drained: bool,
     /// Whether it was killed, and had not ended when the time for that was over.
     pub overdue: bool,
+    /// Whether containerd's last word on it was `delete`, though it could not be deleted.
+    pub given_up: bool,
     /// When containerd was last told that it wants memory.
     pub last_oom: Option<Instant>,
 }
@@ -253,6 +255,7 @@ pub(crate) mod tests {
             adding: HashSet::new(),
             drained: false,
             overdue: false,
+            given_up: false,
             last_oom: None,
         };
         for id in [""].iter().chain(execs) {

@@ -178,8 +178,10 @@ fn standing(asked: &Asked, socket: &Path, bundle: &Path) -> Standing {
     match asked {
         Asked::Nobody if socket.exists() => Standing::Silent,
         Asked::Nobody | Asked::Another => Standing::Ending,
-        Asked::Answered(_) if is_alone(bundle) || disappears(socket) => Standing::Ending,
-        Asked::Answered(_) => Standing::Needed,
+        Asked::Refused | Asked::Answered(_) if is_alone(bundle) || disappears(socket) => {
+            Standing::Ending
+        }
+        Asked::Refused | Asked::Answered(_) => Standing::Needed,
     }
 }
 
@@ -257,10 +259,12 @@ fn socket_of(bundle: &Path) -> Option<PathBuf> {
 /// What came of asking a shim.
 #[derive(Debug)]
 enum Asked {
-    /// Nobody answers in time, or not everything.
+    /// Nobody answers in time.
     Nobody,
     /// It is not the shim that was meant: that one has left the place.
     Another,
+    /// It lives, but has the container still: its guest does not let go of it, or not in time.
+    Refused,
     /// It does not have the container any more; with what it said of its end, if it deleted it now.
     Answered(Option<DeleteResponse>),
 }
@@ -269,7 +273,7 @@ impl Asked {
     fn response(self) -> Option<DeleteResponse> {
         match self {
             Self::Answered(response) => response,
-            Self::Nobody | Self::Another => None,
+            Self::Nobody | Self::Another | Self::Refused => None,
         }
     }
 }
@@ -291,14 +295,24 @@ fn ask_shim(socket: &Path, id: &str, meant: Option<ProcessId>, clock: &Clock) ->
             return Asked::Another;
         }
         let asked = timeout(clock.left(ASKED), end_task(&shim, id)).await;
-        let asked = asked.unwrap_or(Asked::Nobody);
+        let asked = asked.unwrap_or(Asked::Refused);
+        let request = ShutdownRequest {
+            id: id.to_owned(),
+            // Nobody will ask for this container any more, so it alone is nothing to stay for.
+            now: matches!(asked, Asked::Refused),
+            ..Default::default()
+        };
         // One that is not known to have had this task may be about to get its first.
-        if matches!(&asked, Asked::Answered(response) if meant.is_some() || response.is_some()) {
-            let request = ShutdownRequest::new();
-            // What it does tells more than the answer, which may get lost.
-            let _ = timeout(clock.left(ENDED), shim.shutdown(context(), &request)).await;
+        if matches!(&asked, Asked::Answered(None) if meant.is_none()) {
+            return asked;
         }
-        asked
+        let shutdown = timeout(clock.left(ENDED), shim.shutdown(context(), &request)).await;
+        match (asked, shutdown) {
+            // This waits for nothing in the guest: who has no answer to it has hung, or died.
+            (Asked::Refused, Err(_) | Ok(Err(_))) => Asked::Nobody,
+            // What it does tells more than the answer, which may get lost.
+            (asked, _) => asked,
+        }
     };
     runtime().map_or(Asked::Nobody, |runtime| runtime.block_on(ask))
 }
@@ -333,7 +347,7 @@ async fn end_task(shim: &TaskClient, id: &str) -> Asked {
         Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::NOT_FOUND => {
             Asked::Answered(None)
         }
-        _ => Asked::Nobody,
+        _ => Asked::Refused,
     }
 }
 

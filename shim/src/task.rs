@@ -18,7 +18,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use containerd_shim_protos::api::{
-    ConnectResponse, StateRequest, StateResponse, Status, WaitRequest, WaitResponse,
+    ConnectResponse, ShutdownRequest, StateRequest, StateResponse, Status, WaitRequest,
+    WaitResponse,
 };
 use protobuf::MessageField;
 use tokio::sync::Notify;
@@ -92,6 +93,15 @@ enum Entry {
 }
 
 impl Entry {
+    fn is_being_created(&self) -> bool {
+        matches!(self, Self::Creating)
+    }
+
+    /// Whether nobody will ask for it any more.
+    fn is_given_up(&self) -> bool {
+        matches!(self, Self::Ready(container) if container.given_up)
+    }
+
     /// Whether it has no use for the machine any more: nothing of it is to run, and nothing is still to be delivered.
     fn is_over(&self) -> bool {
         match self {
@@ -204,7 +214,7 @@ impl Tasks {
         let mut table = self.table();
         table.entries.remove(id);
         tell(&self.events);
-        if table.entries.is_empty() && table.end_wanted {
+        if table.end_wanted && table.entries.values().all(Entry::is_given_up) {
             self.close(&mut table);
         }
         drop(table);
@@ -350,13 +360,19 @@ impl Tasks {
         tokio::spawn(async move { tasks.sandbox.stop().await });
     }
 
-    /// Ends the shim, unless it still has tasks.
-    fn shutdown(&self) {
+    /// Ends the shim, unless it still has tasks. containerd never asks for that `now`. Our own `delete` does if it could not delete the
+    /// task that it names: then nobody will, and it is none to stay for.
+    fn shutdown(&self, request: &ShutdownRequest) {
         let mut table = self.table();
-        let is_being_created = |entry| matches!(entry, &Entry::Creating);
-        if table.entries.is_empty() {
+        if request.now
+            && let Some(Entry::Ready(container)) = table.entries.get_mut(&request.id)
+        {
+            container.given_up = true;
+        }
+        let may_be_none = |entry: &Entry| entry.is_given_up() || entry.is_being_created();
+        if table.entries.values().all(Entry::is_given_up) {
             self.close(&mut table);
-        } else if table.entries.values().all(is_being_created) {
+        } else if table.entries.values().all(may_be_none) {
             // Its client may have lost patience, and nobody will ask again.
             table.end_wanted = true;
         }
@@ -377,8 +393,7 @@ impl Tasks {
         loop {
             let mut created = pin!(self.created.notified());
             created.as_mut().enable();
-            let is_being_created = |entry| matches!(entry, &Entry::Creating);
-            if !self.table().entries.values().any(is_being_created) {
+            if !self.table().entries.values().any(Entry::is_being_created) {
                 return;
             }
             created.await;

@@ -133,6 +133,7 @@ impl Tasks {
             adding: HashSet::new(),
             drained: false,
             overdue: false,
+            given_up: false,
             last_oom: None,
         };
         let id = request.id.clone();

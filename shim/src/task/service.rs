@@ -142,8 +142,8 @@ impl Task for Handlers {
         Ok(self.0.connect(&request.id)?)
     }
 
-    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Result<Empty> {
-        self.0.shutdown();
+    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> Result<Empty> {
+        self.0.shutdown(&request);
         Ok(Empty::new())
     }
 }

@@ -250,8 +250,8 @@ impl Guest {
                 137
             }
             "crash" => return stop(&self.control, StopReason::Failed("crash".into())),
-            // After "mute" was killed, there is no answer.
-            "wait" | "mute" => {
+            // After "mute" was killed, there is no answer; "kept" is never deleted.
+            "wait" | "mute" | "kept" => {
                 let mut exit = self.with(&id, &exec_id, |p| p.exit.subscribe()).unwrap();
                 exit.wait_for(Option::is_some).await.unwrap().unwrap()
             }
@@ -377,13 +377,14 @@ impl Task for Agent {
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> Result<DeleteResponse> {
         let key = (request.id, request.exec_id);
+        if self.0.with(&key.0, &key.1, |p| p.program[0] == "kept")? {
+            return Err(get_rpc_status(Code::INTERNAL, "it is busy"));
+        }
         let process = self.0.processes.lock().unwrap().remove(&key);
-        if process.as_ref().is_some_and(|p| p.program[0] == "sticky") {
+        if process.is_some_and(|p| p.program[0] == "sticky") {
             std::future::pending::<()>().await;
         }
-        process
-            .map(|_| DeleteResponse::new())
-            .ok_or_else(|| not_found("no process"))
+        Ok(DeleteResponse::new())
     }
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Result<PidsResponse> {

@@ -1116,6 +1116,55 @@ async fn delete_leaves_a_shim_to_its_other_tasks() {
     host.hang_up().await;
 }
 
+async fn delete_leaves_a_shim_that_cannot_delete_a_task_to_its_others() {
+    // The guest does not answer, or refuses; for the shim's first task, or another.
+    for (program, of_first) in [("mute", true), ("kept", true), ("kept", false)] {
+        let host = Host::new().await;
+        let create = async |id: &str, args: &[&str], annotations| {
+            let bundle = host.bundle(id, args, annotations);
+            let shim = host.shim(&bundle).await;
+            let request = host.create_request(&bundle);
+            shim.task.create(context(), &request).await.unwrap();
+            shim.start(id, "").await.unwrap();
+            (bundle, shim)
+        };
+        let delete = |bundle| {
+            let asked = Instant::now();
+            assert_eq!(host.delete(bundle).exit_status, 137);
+            assert!(asked.elapsed() < Duration::from_secs(5));
+        };
+        let group = json!({"io.containerd.runc.v2.group": "group"});
+        let (first, second) = match of_first {
+            true => (program, "wait"),
+            false => ("wait", program),
+        };
+        let (first, shim) = create("c1", &[first], group.clone()).await;
+        let (second, _) = create("c2", &[second], group).await;
+        let (stuck, other, id) = match of_first {
+            true => (first, second, "c2"),
+            false => (second, first, "c1"),
+        };
+        let pids = shim.pids(id).await;
+        delete(&stuck);
+        assert_eq!(shim.pids(id).await, pids, "{program}");
+        assert_eq!(shim.status(id, "").await, Status::RUNNING);
+        // Then the other is the last.
+        shim.kill(id, "", KILL).await.unwrap();
+        shim.wait(id, "").await.unwrap();
+        shim.delete(id, "").await.unwrap();
+        shim.shut_down().await;
+        delete(&other);
+        assert_eq!(host.remains(), [""; 0]);
+
+        // Nobody needs a shim for what it alone had.
+        let (alone, shim) = create("c3", &[program], json!({})).await;
+        let (shim_pid, _) = shim.pids("c3").await;
+        delete(&alone);
+        gone(shim_pid).await;
+        assert_eq!(host.remains(), [""; 0]);
+    }
+}
+
 async fn delete_ends_a_shim_that_hangs() {
     let host = Host::new().await;
     let bundle = host.bundle("c1", &["wait"], json!({}));
@@ -1275,6 +1324,7 @@ fn main() -> ExitCode {
         a_pod_outlives_its_containers,
         delete_cleans_up_after_a_dead_shim,
         delete_leaves_a_shim_to_its_other_tasks,
+        delete_leaves_a_shim_that_cannot_delete_a_task_to_its_others,
         delete_ends_a_shim_that_hangs,
         a_restart_of_containerd_loses_nothing,
         the_answer_of_old_is_a_plain_address,
