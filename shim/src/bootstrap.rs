@@ -16,9 +16,11 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use nix::fcntl::{Flock, FlockArg};
+use nix::poll::PollFlags;
 use nix::sys::stat::{Mode, umask};
 use protobuf::Message;
 use rustix::io::Errno;
@@ -29,6 +31,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use crate::args::{Args, is_identifier};
+use crate::readiness::happens;
 use crate::state::write_atomically;
 
 /// Where containerd's shims have their sockets.
@@ -197,13 +200,25 @@ fn lock(directory: &Path) -> io::Result<Flock<File>> {
 /// Whether somebody listens on a socket, even if it is a shim that hangs, and takes no connection any more: nobody waits for that one with the
 /// lock of all.
 fn has_listener(socket: &Path) -> bool {
-    let connect = || {
-        let address = SocketAddrUnix::new(socket)?;
-        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        let stream = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        rustix::net::connect(&stream, &address)
-    };
-    matches!(connect(), Ok(()) | Err(Errno::AGAIN))
+    matches!(connect(socket), Ok(_) | Err(Errno::AGAIN))
+}
+
+fn connect(socket: &Path) -> rustix::io::Result<OwnedFd> {
+    let address = SocketAddrUnix::new(socket)?;
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let stream = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&stream, &address)?;
+    Ok(stream)
+}
+
+/// Waits until nobody has the socket of a dead shim any more, at most for `patience`. Its descriptors stay open as long as a process of its own
+/// making has them: those that stand for the guest's share them, and die only after it.
+pub fn wait_for_heirs(socket: &Path, patience: Duration) -> io::Result<()> {
+    match connect(socket) {
+        // The kernel hangs up when it closes the socket.
+        Ok(stream) => happens(stream, PollFlags::POLLHUP, patience).map(drop),
+        Err(_) => Ok(()),
+    }
 }
 
 /// Removes a socket that nobody listens on any more.

@@ -24,7 +24,7 @@ use ttrpc::asynchronous::Client;
 use ttrpc::context::{Context, with_duration};
 
 use crate::args::Args;
-use crate::bootstrap::{self, ADDRESS, remove_dead_socket};
+use crate::bootstrap::{self, ADDRESS, remove_dead_socket, wait_for_heirs};
 use crate::cgroup;
 use crate::network;
 use crate::process::{Exit, KILLED};
@@ -169,6 +169,8 @@ enum Standing {
     Needed,
     /// It is on its way out.
     Ending,
+    /// It has left its place to another.
+    Replaced,
     /// Nothing.
     Silent,
 }
@@ -177,7 +179,8 @@ enum Standing {
 fn standing(asked: &Asked, socket: &Path, bundle: &Path) -> Standing {
     match asked {
         Asked::Nobody if socket.exists() => Standing::Silent,
-        Asked::Nobody | Asked::Another => Standing::Ending,
+        Asked::Nobody => Standing::Ending,
+        Asked::Another => Standing::Replaced,
         Asked::Refused | Asked::Answered(_) if is_alone(bundle) || disappears(socket) => {
             Standing::Ending
         }
@@ -212,7 +215,7 @@ fn disappears(socket: &Path) -> bool {
 fn end_shim(state: &State, standing: Standing, bundle: &Path, clock: &Clock) -> Result<(), Error> {
     match standing {
         Standing::Needed => return Ok(()),
-        Standing::Ending => state.shim.wait(clock.left(ENDED)),
+        Standing::Ending | Standing::Replaced => state.shim.wait(clock.left(ENDED)),
         Standing::Silent => {}
     }
     let killed = state.shim.kill(clock.left(KILLED_BY)).map_err(Error::Kill);
@@ -222,7 +225,13 @@ fn end_shim(state: &State, standing: Standing, bundle: &Path, clock: &Clock) -> 
         None => Ok(()),
     };
     clock.note("control group removed");
-    let socket = remove_dead_socket(&state.socket).map_err(failed("remove", &state.socket));
+    let heirs = match standing {
+        // There it is another's that lives.
+        Standing::Replaced => Ok(()),
+        _ => wait_for_heirs(&state.socket, clock.left(KILLED_BY)),
+    };
+    let socket = heirs.and_then(|()| remove_dead_socket(&state.socket));
+    let socket = socket.map_err(failed("remove", &state.socket));
     clock.note("socket removed");
     let disconnected = network::disconnect(bundle).map_err(Error::Network);
     clock.note("network disconnected");
@@ -432,6 +441,36 @@ mod tests {
         assert!(!waiting.join().unwrap().success());
         assert!(!socket.exists());
         call(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_socket_that_outlives_its_shim_for_a_moment_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let mut shim = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let state = State {
+            shim: ProcessId::of(shim.id() as i32).unwrap(),
+            socket: socket.clone(),
+            cgroup: None,
+        };
+        state.write(dir.path()).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                // Nobody answers.
+                drop(listener.accept().unwrap());
+                let input = shim.stdin.take();
+                assert!(!shim.wait().unwrap().success());
+                // Who has the socket then has it until somebody has looked for it.
+                let looking = listener.accept().unwrap();
+                drop((listener, looking, input));
+            });
+            call(dir.path()).unwrap();
+        });
+        assert!(!socket.exists());
     }
 
     #[test]
