@@ -149,6 +149,7 @@ impl Error {
             Self::Spec(
                 spec::Error::Json { .. }
                 | spec::Error::HostNetwork
+                | spec::Error::TwoNamespaces(_)
                 | spec::Error::ForeignNamespace(_)
                 | spec::Error::ForeignNetwork(_)
                 | spec::Error::Backing(_),

@@ -7,7 +7,7 @@ mod devices;
 mod resources;
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use bulkhead_agent::protocol::namespace_of;
@@ -38,6 +38,10 @@ pub enum Error {
         "the network namespace of the host was asked for, which a microVM cannot be in; give the container a network of its own"
     )]
     HostNetwork,
+    #[error(
+        "linux.namespaces has two entries of type {}: remove one", format!("{:?}", .0).to_lowercase()
+    )]
+    TwoNamespaces(LinuxNamespaceType),
     #[error(
         "linux.namespaces: {} is no namespace of this microVM: a container can share those of its own pod's containers only", .0.display()
     )]
@@ -116,13 +120,23 @@ impl<'a> Spec<'a> {
         Ok(part(&self.linux, "resources")?.map(for_host))
     }
 
+    /// The namespaces: of no type more than one.
+    fn namespaces(&self) -> Result<Vec<LinuxNamespace>, Error> {
+        let namespaces: Vec<LinuxNamespace> = part(&self.linux, "namespaces")?.unwrap_or_default();
+        let mut types = HashSet::new();
+        match namespaces.iter().find(|entry| !types.insert(entry.typ())) {
+            Some(second) => Err(Error::TwoNamespaces(second.typ())),
+            None => Ok(namespaces),
+        }
+    }
+
     /// The network namespace on the host: one that is there, or a new one (`None`).
     ///
     /// # Errors
     ///
     /// A machine cannot be in the network of the host.
     pub fn network(&self) -> Result<Option<PathBuf>, Error> {
-        let namespaces: Vec<LinuxNamespace> = part(&self.linux, "namespaces")?.unwrap_or_default();
+        let namespaces = self.namespaces()?;
         let network = |namespace: &&LinuxNamespace| namespace.typ() == LinuxNamespaceType::Network;
         let network = namespaces.iter().find(network).ok_or(Error::HostNetwork)?;
         let path = network.path().clone();
@@ -182,8 +196,7 @@ impl<'a> Spec<'a> {
         devices::check(&self.linux)?;
         let mut linux = self.linux.clone();
         linux.insert("sysctl".into(), to_text("sysctl", sysctls)?);
-        let mut namespaces: Vec<LinuxNamespace> =
-            part(&self.linux, "namespaces")?.unwrap_or_default();
+        let mut namespaces = self.namespaces()?;
         // Without an entry the network is the machine's. Namespaces of other kinds that have a path are too, as the agent takes it, unless
         // they are another container's.
         namespaces
@@ -549,6 +562,18 @@ mod tests {
         let text = host.to_string();
         let network = Spec::parse(text.as_bytes()).unwrap().network();
         assert!(matches!(network, Err(Error::HostNetwork)));
+        for kind in [
+            "network", "mount", "pid", "ipc", "uts", "user", "cgroup", "time",
+        ] {
+            let mut twice = config();
+            twice["linux"]["namespaces"] =
+                json!([{"type": "network"}, {"type": kind, "path": "/x"}, {"type": kind}]);
+            let text = twice.to_string();
+            let refused = Spec::parse(text.as_bytes()).unwrap().network().unwrap_err();
+            assert!(matches!(refused, Error::TwoNamespaces(_)), "{refused}");
+            assert!(refused.to_string().contains(kind), "{refused}");
+            assert!(matches!(guest(&twice), Err(Error::TwoNamespaces(_))));
+        }
         let mut broken = config();
         broken["mounts"] = json!("x");
         assert!(matches!(

@@ -827,18 +827,23 @@ async fn what_a_guest_cannot_do_is_refused_before_it_boots() {
     let bundle = host.bundle("c1", &["wait"], json!({}));
     let path = bundle.join("config.json");
     let config = std::fs::read_to_string(&path).unwrap();
-    std::fs::write(&path, config.replace("network", "uts")).unwrap();
     let shim = host.shim(&bundle).await;
-    let error = shim
-        .task
-        .create(context(), &host.create_request(&bundle))
-        .await
-        .unwrap_err();
-    assert_eq!(code(&error), Code::INVALID_ARGUMENT);
-    assert!(
-        text(&error).contains("network namespace of the host"),
-        "{error}"
-    );
+    for (instead, expected) in [
+        (r#""uts""#, "network namespace of the host"),
+        (
+            r#""network"},{"type":"network""#,
+            "two entries of type network",
+        ),
+    ] {
+        std::fs::write(&path, config.replace(r#""network""#, instead)).unwrap();
+        let error = shim
+            .task
+            .create(context(), &host.create_request(&bundle))
+            .await
+            .unwrap_err();
+        assert_eq!(code(&error), Code::INVALID_ARGUMENT);
+        assert!(text(&error).contains(expected), "{error}");
+    }
     shim.shut_down().await;
     host.expect_no_more();
     assert_eq!(host.remains(), [""; 0]);
