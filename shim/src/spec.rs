@@ -171,7 +171,7 @@ impl<'a> Spec<'a> {
         Ok(mounts
             .map(|mount| Bind {
                 source: bundle.join(mount.source().as_deref().unwrap_or(Path::new(""))),
-                destination: mount.destination().clone(),
+                destination: destination(mount),
                 read_only: is_read_only(mount),
             })
             .collect())
@@ -268,6 +268,11 @@ fn options(mount: &Mount) -> &[String] {
     mount.options().as_deref().unwrap_or_default()
 }
 
+/// Where it is mounted: below the root, if it is relative.
+fn destination(mount: &Mount) -> PathBuf {
+    Path::new("/").join(mount.destination())
+}
+
 fn is_bind(mount: &Mount) -> bool {
     let is_bind = |option: &String| option == "bind" || option == "rbind";
     mount.typ().as_deref() == Some("bind") || options(mount).iter().any(is_bind)
@@ -283,7 +288,7 @@ fn shared_memory(mount: &Mount) -> Option<u64> {
     let source = mount.source().as_deref();
     // What is in a bundle is the container's, though bundles are on a tmpfs, too.
     let source = source.filter(|source| source.is_absolute());
-    let source = source.filter(|_| mount.destination() == Path::new("/dev/shm"))?;
+    let source = source.filter(|_| destination(mount) == Path::new("/dev/shm"))?;
     let found = rustix::fs::statfs(source).ok()?;
     let size = found.f_blocks.checked_mul(found.f_bsize.try_into().ok()?)?;
     (found.f_type == TMPFS_MAGIC).then_some(size)
@@ -536,6 +541,7 @@ mod tests {
         let mut relative = mount.clone();
         relative["mounts"][0]["source"] = json!("data/file");
         relative["mounts"][1]["source"] = json!("shm");
+        relative["mounts"][0]["destination"] = json!("mnt");
         assert_eq!(
             binds(&relative.to_string()).unwrap(),
             [
@@ -551,6 +557,8 @@ mod tests {
     #[test]
     fn only_a_tmpfs_becomes_memory_to_share() {
         let mut config = config();
+        config["mounts"][1]["destination"] = json!("dev/shm");
+        assert_eq!(guest(&config).unwrap()["mounts"][1]["source"], "shm");
         config["mounts"][1]["source"] = json!("/etc");
         assert_eq!(guest(&config).unwrap()["mounts"][1]["source"], "/there");
     }

@@ -1,6 +1,6 @@
 //! Mounts and their options, as `mount(8)` writes them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Mount as Entry;
 use rustix::mount::{MountFlags, MountPropagationFlags};
@@ -76,14 +76,14 @@ impl TryFrom<&Entry> for Mount {
     type Error = Error;
 
     fn try_from(entry: &Entry) -> Result<Self, Error> {
-        let destination = entry.destination().clone();
-        let name = || format!("mounts: {}", destination.display());
-        if !destination.has_root() {
-            return Err(Error::InvalidArgument(format!(
-                "{}: the destination is not absolute",
-                name()
-            )));
+        if entry.destination().as_os_str().is_empty() {
+            return Err(Error::InvalidArgument(
+                "mounts: one has no destination".into(),
+            ));
         }
+        // Relative ones are deprecated, not forbidden.
+        let destination = Path::new("/").join(entry.destination());
+        let name = || format!("mounts: {}", destination.display());
         let options = entry.options().iter().flatten().map(String::as_str);
         let options = Options::parse(options)
             .map_err(|option| super::refused(&format!("{}: option {option}", name())))?;
@@ -320,6 +320,12 @@ mod tests {
     }
 
     #[test]
+    fn a_relative_destination_is_below_the_root() {
+        let mount = mount(r#"{"destination":"run/x","type":"tmpfs"}"#).unwrap();
+        assert_eq!(mount.destination, Path::new("/run/x"));
+    }
+
+    #[test]
     fn options_of_a_whole_file_system_are_flags() {
         let parsed = |options: &[&str]| {
             let options = Options::parse(options.iter().copied()).unwrap();
@@ -371,7 +377,7 @@ mod tests {
     #[test]
     fn what_cannot_be_done_is_refused() {
         for bad in [
-            r#"{"destination":"x","type":"tmpfs"}"#,
+            r#"{"destination":"","type":"tmpfs"}"#,
             r#"{"destination":"/x"}"#,
             r#"{"destination":"/x","type":"bind","source":"relative"}"#,
             r#"{"destination":"/x","type":"bind","source":"/y","options":["size=1"]}"#,
