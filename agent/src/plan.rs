@@ -134,7 +134,8 @@ fn absolute(kind: &str, hooks: &Option<Vec<Hook>>) -> Result<Vec<Hook>, Error> {
     Ok(hooks.clone().unwrap_or_default())
 }
 
-/// A name that is set in the container's own UTS namespace. In the sandbox's it would rename the sandbox, which has its name already.
+/// A name that is set in the container's own UTS namespace. In the sandbox's it would rename the sandbox, which has its host name already,
+/// and no domain name.
 fn name(
     namespaces: Namespaces,
     field: &str,
@@ -145,6 +146,9 @@ fn name(
             "{field} is {name:?}: it may have 64 bytes"
         ))),
         Some(name) if namespaces.has(sys::CLONE_NEWUTS) => Ok(Some(name.to_owned())),
+        Some(name) if field == "domainname" => Err(Error::InvalidArgument(format!(
+            "{field} is {name:?}: it needs a UTS namespace of the container's own"
+        ))),
         _ => Ok(None),
     }
 }
@@ -243,6 +247,10 @@ mod tests {
         let spec = format!(
             r#"{{"ociVersion":"1.0.2","hostname":"h","process":{{"user":{{}},"cwd":"/","args":["x"]}},"linux":{linux}}}"#
         );
+        plan_of(&spec)
+    }
+
+    fn plan_of(spec: &str) -> Result<Plan, Error> {
         let creation = Creation {
             id: "c".into(),
             bundle: String::new(),
@@ -278,6 +286,16 @@ mod tests {
         let shared =
             plan(r#"{"namespaces":[{"type":"mount"},{"type":"uts","path":"/proc/9/ns/uts"}]}"#);
         assert_eq!(shared.unwrap().container.hostname, None);
+        let spec = |namespaces: &str| {
+            let spec = format!(
+                r#"{{"ociVersion":"1.0.2","domainname":"d","process":{{"user":{{}},"cwd":"/","args":["x"]}},"linux":{{"namespaces":[{namespaces}]}}}}"#
+            );
+            plan_of(&spec)
+        };
+        let own = spec(r#"{"type":"mount"},{"type":"uts"}"#).unwrap();
+        assert_eq!(own.container.domainname.as_deref(), Some("d"));
+        let shared = spec(r#"{"type":"mount"}"#).unwrap_err();
+        assert!(shared.to_string().contains("domainname"), "{shared}");
     }
 
     #[test]
