@@ -1,6 +1,7 @@
 //! The program that a process of a container runs, with everything that is set just before it starts.
 
 use std::ffi::CString;
+use std::fmt::Display;
 use std::path::PathBuf;
 
 use oci_spec::runtime::{
@@ -213,6 +214,13 @@ fn resource(kind: PosixRlimitType) -> Resource {
     }
 }
 
+/// The kernel's number of `SCHED_DEADLINE`.
+const DEADLINE: u32 = 6;
+
+fn wrong_scheduler(field: &str, value: impl Display, problem: &str) -> Error {
+    Error::InvalidArgument(format!("process.scheduler.{field} is {value}: {problem}"))
+}
+
 fn scheduler(scheduler: &Scheduler) -> Result<SchedulerAttributes, Error> {
     let policy = match scheduler.policy() {
         LinuxSchedulerPolicy::SchedOther => 0,
@@ -223,7 +231,7 @@ fn scheduler(scheduler: &Scheduler) -> Result<SchedulerAttributes, Error> {
             return Err(super::refused("process.scheduler.policy SCHED_ISO"));
         }
         LinuxSchedulerPolicy::SchedIdle => 5,
-        LinuxSchedulerPolicy::SchedDeadline => 6,
+        LinuxSchedulerPolicy::SchedDeadline => DEADLINE,
     };
     let flags = scheduler.flags().iter().flatten().map(|flag| match flag {
         LinuxSchedulerFlag::SchedResetOnFork => 0x01,
@@ -235,20 +243,37 @@ fn scheduler(scheduler: &Scheduler) -> Result<SchedulerAttributes, Error> {
         LinuxSchedulerFlag::SchedFlagUtilClampMax => 0x40,
     });
     let priority = scheduler.priority().unwrap_or(0);
-    Ok(SchedulerAttributes {
+    let attributes = SchedulerAttributes {
         size: 0,
         policy,
         flags: flags.fold(0, |all, flag| all | flag),
         nice: scheduler.nice().unwrap_or(0),
-        priority: u32::try_from(priority).map_err(|_| {
-            Error::InvalidArgument(format!(
-                "process.scheduler.priority is {priority}: it is negative"
-            ))
-        })?,
+        priority: u32::try_from(priority)
+            .map_err(|_| wrong_scheduler("priority", priority, "it is negative"))?,
         runtime: scheduler.runtime().unwrap_or(0),
         deadline: scheduler.deadline().unwrap_or(0),
         period: scheduler.period().unwrap_or(0),
-    })
+    };
+    // The kernel would take the nearest.
+    if !(-20..=19).contains(&attributes.nice) {
+        return Err(wrong_scheduler(
+            "nice",
+            attributes.nice,
+            "expected -20 to 19",
+        ));
+    }
+    // These it would ignore.
+    let times = [
+        ("runtime", attributes.runtime),
+        ("deadline", attributes.deadline),
+        ("period", attributes.period),
+    ];
+    match times.into_iter().find(|&(_, time)| time != 0) {
+        Some((field, time)) if policy != DEADLINE => {
+            Err(wrong_scheduler(field, time, "only SCHED_DEADLINE has one"))
+        }
+        _ => Ok(attributes),
+    }
 }
 
 #[cfg(test)]
@@ -282,6 +307,14 @@ mod tests {
             (
                 r#"{"user":{},"cwd":"/","args":["x"],"ioPriority":{"class":"IOPRIO_CLASS_BE","priority":8}}"#,
                 "process.ioPriority",
+            ),
+            (
+                r#"{"user":{},"cwd":"/","args":["x"],"scheduler":{"policy":"SCHED_OTHER","nice":20}}"#,
+                "process.scheduler.nice is 20",
+            ),
+            (
+                r#"{"user":{},"cwd":"/","args":["x"],"scheduler":{"policy":"SCHED_FIFO","priority":1,"deadline":7}}"#,
+                "process.scheduler.deadline is 7",
             ),
         ] {
             let error = program(json).unwrap_err();
