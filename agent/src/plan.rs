@@ -62,6 +62,7 @@ impl Plan {
         limits::settings(&resources, String::new)?;
         let device_rules = resources.devices().as_deref().unwrap_or_default();
         let hooks = spec.hooks().clone().unwrap_or_default();
+        let mappings = mappings(namespaces, linux)?;
         let propagation = linux
             .rootfs_propagation()
             .as_deref()
@@ -78,7 +79,7 @@ impl Plan {
                 .mounts()
                 .iter()
                 .flatten()
-                .map(Mount::try_from)
+                .map(|entry| Mount::new(entry, &mappings))
                 .collect::<Result<_, _>>()?,
             devices: linux.devices().clone().unwrap_or_default(),
             read_only: spec
@@ -112,7 +113,7 @@ impl Plan {
             joins,
             devices: devices::rules(device_rules)?,
             resources,
-            mappings: mappings(namespaces, linux)?,
+            mappings,
             time_offsets: time_offsets(namespaces, linux)?,
             seccomp,
             process: process.clone(),

@@ -72,10 +72,9 @@ impl Default for Options {
     }
 }
 
-impl TryFrom<&Entry> for Mount {
-    type Error = Error;
-
-    fn try_from(entry: &Entry) -> Result<Self, Error> {
+impl Mount {
+    /// Reads an entry. One whose identities are mapped, but not as what, has them as the container's `own` user namespace.
+    pub fn new(entry: &Entry, own: &Mappings) -> Result<Self, Error> {
         if entry.destination().as_os_str().is_empty() {
             return Err(Error::InvalidArgument(
                 "mounts: one has no destination".into(),
@@ -117,7 +116,10 @@ impl TryFrom<&Entry> for Mount {
                 return Err(super::refused(&format!("{}: option {option}", name())));
             }
         }
-        let mappings = Mappings::new(entry.uid_mappings(), entry.gid_mappings());
+        let mut mappings = Mappings::new(entry.uid_mappings(), entry.gid_mappings());
+        if mappings.are_empty() == (true, true) && options.id_mapped.is_some() {
+            mappings = own.clone();
+        }
         let mappings = match (mappings.are_empty(), options.id_mapped) {
             ((true, true), None) => None,
             ((false, false), _) if matches!(kind, Kind::Bind { .. }) => Some(mappings),
@@ -129,7 +131,7 @@ impl TryFrom<&Entry> for Mount {
             }
             _ => {
                 return Err(Error::InvalidArgument(format!(
-                    "{}: uidMappings and gidMappings are needed, both of them, to map the identities of a mount",
+                    "{}: to map the identities of a mount, uidMappings and gidMappings are needed, both of them, or a user namespace",
                     name()
                 )));
             }
@@ -299,10 +301,33 @@ impl Options {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
 
     fn mount(json: &str) -> Result<Mount, Error> {
-        Mount::try_from(&serde_json::from_str::<Entry>(json).unwrap())
+        Mount::new(&serde_json::from_str(json).unwrap(), &Mappings::default())
+    }
+
+    #[test]
+    fn identities_are_mapped_as_the_containers_own_if_nothing_else_is_said() {
+        let map = |inside, outside| {
+            let json = json!([{"containerID": inside, "hostID": outside, "size": 1}]);
+            serde_json::from_value(json).unwrap()
+        };
+        let own = Mappings::new(&map(0, 1), &map(0, 2));
+        let mut entry =
+            json!({"destination": "/x", "type": "bind", "source": "/y", "options": ["ridmap"]});
+        let mapped = |entry: &Value| {
+            let entry = serde_json::from_value(entry.clone()).unwrap();
+            Mount::new(&entry, &own).unwrap().mappings
+        };
+        assert_eq!(mapped(&entry).as_ref(), Some(&own));
+        entry["uidMappings"] = json!([{"containerID": 5, "hostID": 6, "size": 1}]);
+        entry["gidMappings"] = entry["uidMappings"].clone();
+        assert_eq!(mapped(&entry), Some(Mappings::new(&map(5, 6), &map(5, 6))));
+        let plain = json!({"destination": "/x", "type": "bind", "source": "/y"});
+        assert_eq!(mapped(&plain), None);
     }
 
     #[test]

@@ -240,11 +240,18 @@ pub async fn identities_of_mounts_are_mapped(guest: &Guest) {
     std::fs::write(outside.join("file"), "").unwrap();
     std::os::unix::fs::chown(outside.join("file"), Some(3), Some(4)).unwrap();
     // A container whose own users are mapped alike sees what is on the disk, and may not enter what is not mapped.
-    for (users, expected) in [(false, "70003:80004\n"), (true, "3:10004\n")] {
+    // Mapped as its own users it sees all that is on the disk.
+    for (users, given, expected) in [
+        (false, true, "70003:80004\n"),
+        (true, true, "3:10004\n"),
+        (true, false, "3:4\n"),
+    ] {
         let mut spec = spec(&["stat", "-c", "%u:%g", "/in/file"]);
         let mut mount = json!({"destination": "/in", "type": "bind", "source": outside, "options": ["bind", "idmap"]});
-        mount["uidMappings"] = mapping(70_000);
-        mount["gidMappings"] = mapping(80_000);
+        if given {
+            mount["uidMappings"] = mapping(70_000);
+            mount["gidMappings"] = mapping(80_000);
+        }
         spec["mounts"].as_array_mut().unwrap().push(mount);
         let root = guest.root();
         if users {
