@@ -354,6 +354,7 @@ mod tests {
     use std::io::{Read, Seek, Write};
 
     use super::*;
+    use crate::testing::own_descriptors;
 
     #[test]
     fn a_message_arrives_with_its_descriptors() {
@@ -386,6 +387,7 @@ mod tests {
 
     #[test]
     fn a_closed_end_is_told_apart_from_a_failure() {
+        own_descriptors();
         let (shim, vmm) = Channel::pair().unwrap();
         drop(shim);
         assert!(matches!(vmm.receive::<Request>(), Err(Error::Closed)));

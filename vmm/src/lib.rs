@@ -13,5 +13,7 @@ pub mod platform;
 pub mod seccomp;
 pub mod serial;
 pub mod stop;
+#[cfg(test)]
+mod testing;
 pub mod vcpu;
 pub mod virtio;

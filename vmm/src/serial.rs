@@ -114,8 +114,10 @@ mod tests {
     use std::io::Read;
 
     use super::*;
+    use crate::testing::own_descriptors;
 
     fn console() -> (Console, File) {
+        own_descriptors();
         let (reader, writer) = nix::unistd::pipe().unwrap();
         (Console::new(writer).unwrap(), reader.into())
     }

@@ -11,6 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 
 use super::*;
+use crate::testing::own_descriptors;
 
 /// A whole program: says on the control socket that it runs, reads from it until the other end closes, and exits with 0.
 const CODE: [u8; 45] = [
@@ -58,13 +59,15 @@ fn executable() -> Vec<u8> {
     elf
 }
 
-/// A file of its own for each test, removed with its directory.
+/// A file of its own for each test, removed with its directory. Nobody but the test's thread, and those that it starts afterwards,
+/// has it open for writing, as it then could not be executed.
 struct Program {
     directory: PathBuf,
 }
 
 impl Program {
     fn new(name: &str, content: &[u8], mode: u32) -> Self {
+        own_descriptors();
         let directory = std::env::temp_dir().join(format!("launch-{}-{name}", std::process::id()));
         fs::create_dir_all(&directory).unwrap();
         let program = Self { directory };
@@ -86,11 +89,16 @@ impl Drop for Program {
 
 fn launched(name: &str) -> (Vmm, Channel, Program) {
     let program = Program::new(name, &executable(), 0o755);
+    let (vmm, channel) = run(&program);
+    (vmm, channel, program)
+}
+
+fn run(program: &Program) -> (Vmm, Channel) {
     let uid = unique_uid(DEFAULT_UID_BASE).unwrap();
     let (vmm, channel) = launch(&program.path(), uid).unwrap();
     // The kernel lets the parent go on when the execution cannot fail any more, which is before it is done.
     recv(channel.as_raw_fd(), &mut [0], MsgFlags::empty()).unwrap();
-    (vmm, channel, program)
+    (vmm, channel)
 }
 
 fn proc(vmm: &Vmm, file: &str) -> PathBuf {
@@ -201,7 +209,7 @@ fn it_has_four_descriptors() {
             _ => assert!(target.starts_with("socket:"), "{target}"),
         }
     }
-    let ours = fs::read_link(format!("/proc/self/fd/{}", channel.as_raw_fd())).unwrap();
+    let ours = fs::read_link(format!("/proc/thread-self/fd/{}", channel.as_raw_fd())).unwrap();
     assert_ne!(ours, PathBuf::from(&descriptors[3].1));
 }
 
@@ -252,7 +260,9 @@ fn dropping_the_handle_kills_and_reaps_it() {
 
 #[test]
 fn the_end_of_the_thread_that_launched_it_kills_it() {
-    let (mut vmm, _channel, _program) = thread::spawn(|| launched("thread")).join().unwrap();
+    let program = Program::new("thread", &executable(), 0o755);
+    let launched = thread::scope(|scope| scope.spawn(|| run(&program)).join());
+    let (mut vmm, _channel) = launched.unwrap();
     assert_eq!(ended(&mut vmm), Exit::Signal(Signal::SIGKILL));
     assert_eq!(
         Exit::Signal(Signal::SIGKILL).to_string(),

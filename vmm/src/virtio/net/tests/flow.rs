@@ -217,7 +217,7 @@ fn sleeps(name: &str) -> u64 {
 /// A thread that spins would go to sleep again and again, or never; this one sleeps once and stays asleep.
 #[test]
 fn nobody_spins_while_a_frame_waits_for_buffers() {
-    let machine = Machine::default();
+    let (machine, other_machine) = (Machine::default(), Machine::default());
     let (host, device) = UnixDatagram::pair().unwrap();
     device.set_nonblocking(true).unwrap();
     let taps = vec![Tap::from_socket(device.into())];
@@ -231,7 +231,6 @@ fn nobody_spins_while_a_frame_waits_for_buffers() {
     rig.receive();
     host.send(&frame(OTHER_MAC, 600, 2)).unwrap();
 
-    let other_machine = Machine::default();
     let (other, other_host) = on_socket();
     let mut busy = Rig::new(&other_machine, &other, ALL);
     let mut work = || {

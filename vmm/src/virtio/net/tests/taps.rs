@@ -9,6 +9,7 @@ use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 
 use super::*;
+use crate::testing::own_descriptors;
 
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 1);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 9, 8, 2);
@@ -16,8 +17,9 @@ const PORT: u16 = 777;
 
 const USUAL: i32 = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
 
-/// Puts the calling thread, which is the test's own, into a network namespace of its own.
+/// Puts the calling thread, which is the test's own, into a network namespace of its own. Its taps go away as soon as it closes them.
 fn leave_network() {
+    own_descriptors();
     unshare(CloneFlags::CLONE_NEWNET).unwrap();
 }
 
