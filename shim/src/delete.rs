@@ -388,6 +388,7 @@ fn failed(operation: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::alone;
 
     fn call(bundle: &Path) -> Result<DeleteResponse, Error> {
         let args = Args {
@@ -420,6 +421,9 @@ mod tests {
 
     #[test]
     fn a_dead_shims_socket_goes_and_a_hung_shim_dies() {
+        if !alone() {
+            return;
+        }
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("socket");
         drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
@@ -475,6 +479,9 @@ mod tests {
 
     #[test]
     fn a_shim_that_is_ending_is_left_in_peace() {
+        if !alone() {
+            return;
+        }
         let dir = tempfile::tempdir().unwrap();
         let mut ending = std::process::Command::new("cat")
             .stdin(std::process::Stdio::piped())

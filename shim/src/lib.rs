@@ -32,3 +32,5 @@ pub mod stand_in;
 pub mod state;
 pub mod streams;
 pub mod task;
+#[cfg(test)]
+mod testing;

@@ -166,6 +166,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+    use crate::testing::alone;
 
     fn owner() -> Owner {
         Owner {
@@ -188,6 +189,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_program_gets_output_arguments_and_names() {
+        if !alone() {
+            return;
+        }
         let dir = tempfile::tempdir().unwrap();
         let script = r#"
             echo "$1=$2 $CONTAINER_NAMESPACE/$CONTAINER_ID" > log
@@ -216,6 +220,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_program_that_has_to_say_that_it_is_ready_does() {
+        if !alone() {
+            return;
+        }
         let dir = tempfile::tempdir().unwrap();
         for (script, is_ready) in [
             ("exec 5>&-; cat <&3", false),

@@ -15,6 +15,7 @@ use nix::sys::socket::{
 };
 
 use super::*;
+use crate::testing::alone;
 
 mod changes;
 
@@ -347,6 +348,9 @@ fn own_path() -> PathBuf {
 /// Frames go from the outside to the tap and back, and nobody else sees them.
 #[test]
 fn an_interface_and_its_tap_are_joined_and_parted() {
+    if !alone() {
+        return;
+    }
     let bundle = tempfile::tempdir().unwrap();
     let mut outside = new_namespace();
     let elsewhere = here();
@@ -424,6 +428,9 @@ fn a_tap_has_as_many_queues_as_are_asked_for() {
 
 #[test]
 fn what_takes_no_part_is_left_out_and_what_cannot_is_named() {
+    if !alone() {
+        return;
+    }
     let bundle = tempfile::tempdir().unwrap();
     let mut host = new_namespace();
     let network = connect_here(None, bundle.path(), 1).unwrap();

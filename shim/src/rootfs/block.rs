@@ -66,8 +66,9 @@ pub fn open(path: &Path, read_only: bool) -> Result<(File, u64), Error> {
 mod tests {
     use std::fs;
 
-    use super::super::testing::{Loop, Mounted, alone, run};
+    use super::super::testing::{Loop, Mounted, run};
     use super::*;
+    use crate::testing::alone;
 
     #[test]
     fn a_device_that_the_host_uses_is_refused() {

@@ -250,8 +250,9 @@ mod tests {
     use std::os::unix::fs::{FileExt, PermissionsExt};
     use std::process::{Command, Stdio};
 
-    use super::super::testing::{Host, alone, set_time};
+    use super::super::testing::{Host, set_time};
     use super::*;
+    use crate::testing::alone;
 
     #[test]
     fn eviction_takes_the_least_recently_used_and_nothing_in_use() {

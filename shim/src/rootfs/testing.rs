@@ -29,29 +29,6 @@ pub fn run(program: &str, arguments: &[&str]) -> String {
     printed(&output.stdout)
 }
 
-/// Whether this process runs the calling test only. If not, it is run here in a process that does, and is the caller's no more.
-///
-/// Other tests' threads start programs at any time, and what a test has open or locked stays so, after it was dropped, until
-/// such a program has been executed.
-pub fn alone() -> bool {
-    const ALONE: &str = "BULKHEAD_TEST_ALONE";
-    let thread = std::thread::current();
-    let test = thread.name().expect("a test's thread has its name");
-    // Tests that run one after the other do so in the main thread.
-    if test == "main" || std::env::var_os(ALONE).is_some() {
-        return true;
-    }
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", test])
-        .env(ALONE, "1")
-        .output()
-        .unwrap();
-    let printed = |bytes| String::from_utf8_lossy(bytes).into_owned();
-    let (results, errors) = (printed(&output.stdout), printed(&output.stderr));
-    assert!(results.contains("1 passed"), "{results}{errors}");
-    false
-}
-
 /// A containerd root directory and a cache.
 pub struct Host {
     pub directory: TempDir,

@@ -6,6 +6,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
 
 use super::*;
+use crate::testing::alone;
 
 struct Host {
     dir: TempDir,
@@ -202,6 +203,9 @@ async fn input_that_is_closed_before_it_is_opened_is_still_delivered() {
 
 #[tokio::test]
 async fn nobody_holds_the_input_of_a_process_that_has_ended() {
+    if !alone() {
+        return;
+    }
     let host = Host::new(&["stdin"]);
     let (mut streams, mut guests) = host.copy().await;
     streams.process_ended();
