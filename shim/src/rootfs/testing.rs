@@ -93,7 +93,8 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        run("umount", &[self.target.to_str().unwrap()]);
+        // A program that another test starts just now may have a copy of a file in it open, until it is executed.
+        run("umount", &["--lazy", self.target.to_str().unwrap()]);
     }
 }
 
