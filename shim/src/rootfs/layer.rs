@@ -238,8 +238,15 @@ mod tests {
         let layer = host.snapshot(1, 10_000);
         let second = image(&host.cache, &layer, true).await.unwrap();
         assert_ne!(inode(&first), inode(&second));
-        // Even where the inode is the same one.
-        fs::set_permissions(&layer, fs::Permissions::from_mode(0o711)).unwrap();
+        // Even where the inode is the same one. The clock of files may be one that ticks every few milliseconds.
+        let change = || {
+            let metadata = fs::metadata(&layer).unwrap();
+            (metadata.ctime(), metadata.ctime_nsec())
+        };
+        let before = change();
+        while change() == before {
+            fs::set_permissions(&layer, fs::Permissions::from_mode(0o711)).unwrap();
+        }
         let third = image(&host.cache, &layer, true).await.unwrap();
         assert_ne!(inode(&second), inode(&third));
     }
