@@ -123,6 +123,7 @@ async fn serve_agent(control: Arc<Channel>, mut opened: mpsc::UnboundedReceiver<
         oom: Mutex::default(),
         killed_for_memory: Notify::new(),
         told: Notify::new(),
+        refused: Notify::new(),
     })));
     let guest = Arc::clone(&agent.0);
     let (ours, theirs) = StdStream::pair().unwrap();
@@ -159,6 +160,8 @@ struct Guest {
     killed_for_memory: Notify,
     /// Some process's end was told to the shim.
     told: Notify,
+    /// The start of "refused" was refused.
+    refused: Notify,
 }
 
 struct Agent(Arc<Guest>);
@@ -334,7 +337,10 @@ impl Task for Agent {
             .with(&id, &exec_id, |process| process.program.clone())?;
         match program[0].as_str() {
             "missing" => return Err(not_found("exec: \"missing\": executable file not found")),
-            "refused" => return Err(get_rpc_status(Code::UNKNOWN, "a hook failed")),
+            "refused" => {
+                self.0.refused.notify_one();
+                return Err(get_rpc_status(Code::UNKNOWN, "a hook failed"));
+            }
             "stuck" => std::future::pending::<()>().await,
             // Its end is told before its start.
             "quick" => {
@@ -392,6 +398,7 @@ impl Task for Agent {
             .0
             .with(&request.id, "", |p| p.program[0] == "refused")?
         {
+            self.0.refused.notified().await;
             self.0.end(&request.id, "", 1)?;
         }
         let processes = self.0.processes.lock().unwrap();
