@@ -251,10 +251,17 @@ fn run(kvm: &Kvm, code: &[u8]) -> Result<Duration, Failure> {
     })
     .map_err(failed("KVM_SET_REGS"))?;
     let before = processor_time()?;
-    let end = match vcpu.run().map_err(failed("KVM_RUN"))? {
-        VcpuExit::Hlt => Ok(()),
-        VcpuExit::InternalError => Err("KVM cannot execute it (internal error)".to_owned()),
-        other => Err(format!("the guest ended with {other:?}")),
+    let end = loop {
+        match vcpu.run() {
+            Ok(VcpuExit::Hlt) => break Ok(()),
+            Ok(VcpuExit::InternalError) => {
+                break Err("KVM cannot execute it (internal error)".to_owned());
+            }
+            Ok(other) => break Err(format!("the guest ended with {other:?}")),
+            // A signal, which says nothing of the guest.
+            Err(error) if error.errno() == libc::EINTR => {}
+            Err(error) => return Err(failed("KVM_RUN")(error)),
+        }
     };
     let time = processor_time()?.saturating_sub(before);
     end?;
