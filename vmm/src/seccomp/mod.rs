@@ -135,6 +135,7 @@ mod tests {
 
     use super::rules::{KVM_RUN, THREAD_FLAGS};
     use super::*;
+    use crate::testing::allocate_without_files;
 
     /// Makes one system call in a confined child and tells how the child ended.
     fn confined(kind: ThreadKind, call: libc::c_long, arguments: [u64; 6]) -> WaitStatus {
@@ -253,6 +254,7 @@ mod tests {
 
     #[test]
     fn a_confined_main_thread_starts_confined_workers() {
+        allocate_without_files();
         let (sender, receiver) = mpsc::channel();
         let main = std::thread::spawn(|| {
             Filter::compile(ThreadKind::Main)

@@ -15,7 +15,7 @@ use super::{Device, Transport};
 use crate::irq::Routes;
 use crate::memory::{self, GuestRam};
 use crate::pci::{Bus, Layout};
-use crate::testing::own_descriptors;
+use crate::testing::{allocate_without_files, own_descriptors};
 
 /// Where the BARs are before the guest moves them.
 pub const WINDOW: u64 = 0xc000_0000;
@@ -48,10 +48,7 @@ pub struct Machine {
 impl Default for Machine {
     fn default() -> Self {
         own_descriptors();
-        // A test's threads allocate from arenas of their own, and before the C library gives a part of one back, it reads
-        // `/proc/sys/vm/overcommit_memory`, which a device's thread may not. The VMM has a single arena.
-        // SAFETY: numbers only, which the allocator knows.
-        unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX) };
+        allocate_without_files();
         let vm = Arc::new(Kvm::new().unwrap().create_vm().unwrap());
         vm.create_irq_chip().unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
