@@ -135,12 +135,14 @@ fn a_killed_container_is_gone() {
         let running = container.start(&[
             "sh",
             "-c",
-            "trap 'exit 138' USR1; while :; do tail -f /dev/null & wait; done",
+            "trap 'exit 138' USR1; mkfifo /tmp/set 2>/dev/null; echo >/tmp/set; while :; do tail -f /dev/null & wait; done",
         ]);
         let running = running.unwrap();
         assert_eq!(running.status().unwrap(), "RUNNING");
-        // The shell answers a second process once its trap is set.
-        running.exec(&["true"]).output().unwrap().success().unwrap();
+        // It writes once the trap is set. Whoever comes first makes the FIFO.
+        let set = "mkfifo /tmp/set 2>/dev/null; cat /tmp/set";
+        let told = running.exec(&["sh", "-c", set]).output().unwrap();
+        assert_eq!(told.success().unwrap(), "\n");
         running.kill(signal).unwrap();
         assert_eq!(running.wait().unwrap(), code, "{signal}");
     }
