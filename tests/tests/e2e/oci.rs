@@ -263,12 +263,14 @@ fn limits_of_devices_are_those_of_the_disks_on_them() {
 #[test]
 fn a_limit_of_processes_holds() {
     let world = World::new().unwrap();
-    let script = "for n in 1 2 3 4 5 6 7 8 9; do tail -f /dev/null & done; echo reached; kill %1";
+    // Fewer could be too few for the threads that runc has before it is the container's program.
+    let limit = 30;
+    let script = "n=0; while test $n -lt 40; do tail -f /dev/null & n=$((n + 1)); done; echo reached; kill %1";
     both(
         &world,
         &format!("({script}) 2>/dev/null; echo $?"),
         |bundle| {
-            set(bundle, "/linux/resources/pids", json!({"limit": 6}));
+            set(bundle, "/linux/resources/pids", json!({"limit": limit}));
         },
     );
     world.finish().unwrap();
