@@ -194,20 +194,27 @@ fn a_shim_that_dies_while_its_container_is_deleted_leaves_nothing() {
         let running = patient(&world);
         let (vmm, shim) = (only(VMM), only(SHIM));
         let removed = Occasion::watch(&sockets, WatchFlags::DELETE).unwrap();
-        thread::scope(|scope| {
-            let name = running.name().to_owned();
-            // Whatever it says: its shim dies in the middle of it.
-            let deleted = scope.spawn(|| running.delete());
+        let deleted = thread::scope(|scope| {
+            let delete = world.ctr(&["task", "delete", "--force", running.name()]);
+            let deleted = scope.spawn(|| delete.output().unwrap());
             match moment {
                 "the machine ends" => process::wait(vmm).unwrap(),
                 _ => removed.wait("").unwrap(),
             }
             process::kill(shim, Signal::KILL).unwrap();
-            if let Err(error) = deleted.join().unwrap() {
-                println!("{moment}: {error}");
-                let _ = world.ctr(&["container", "delete", &name]).output().unwrap();
-            }
+            deleted.join().unwrap()
         });
+        // Whatever it says: its shim died in the middle of it.
+        match deleted.success() {
+            Ok(_) => {
+                let container = world.ctr(&["container", "delete", running.name()]);
+                container.output().unwrap().success().unwrap();
+            }
+            Err(error) => {
+                println!("{moment}: {error}");
+                running.forget().unwrap();
+            }
+        }
         world.settle().unwrap();
     }
     world.finish().unwrap();
