@@ -16,7 +16,7 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
 use nix::fcntl::{Flock, FlockArg};
@@ -24,6 +24,7 @@ use nix::poll::PollFlags;
 use nix::sys::stat::{Mode, umask};
 use protobuf::Message;
 use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use rustix::process::getpid;
 use rustix::thread::{CoreSchedulingScope, create_core_scheduling_cookie};
@@ -200,23 +201,33 @@ fn lock(directory: &Path) -> io::Result<Flock<File>> {
 /// Whether somebody listens on a socket, even if it is a shim that hangs, and takes no connection any more: nobody waits for that one with the
 /// lock of all.
 fn has_listener(socket: &Path) -> bool {
-    matches!(connect(socket), Ok(_) | Err(Errno::AGAIN))
+    matches!(connect(socket, None), Ok(_) | Err(Errno::AGAIN))
 }
 
-fn connect(socket: &Path) -> rustix::io::Result<OwnedFd> {
+/// Connects to a socket. `EAGAIN` means that too many wait for it already, and that nobody was let in for so long.
+fn connect(socket: &Path, patience: Option<Duration>) -> rustix::io::Result<OwnedFd> {
     let address = SocketAddrUnix::new(socket)?;
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let mut flags = SocketFlags::CLOEXEC;
+    flags.set(SocketFlags::NONBLOCK, patience.is_none());
     let stream = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // No time at all would be for ever.
+    let patience = patience.map(|patience| patience.max(Duration::from_millis(1)));
+    set_socket_timeout(&stream, Timeout::Send, patience)?;
     rustix::net::connect(&stream, &address)?;
     Ok(stream)
 }
 
 /// Waits until nobody has the socket of a dead shim any more, at most for `patience`. Its descriptors stay open as long as a process of its own
-/// making has them: those that stand for the guest's share them, and die only after it.
+/// making has them: those that stand for the guest's share them, and die only after it. (A socket that stays is replaced by the next shim's.)
 pub fn wait_for_heirs(socket: &Path, patience: Duration) -> io::Result<()> {
-    match connect(socket) {
+    let deadline = Instant::now() + patience;
+    // One who hung may have left so many connections that this one waits, too.
+    match connect(socket, Some(patience)) {
         // The kernel hangs up when it closes the socket.
-        Ok(stream) => happens(stream, PollFlags::POLLHUP, patience).map(drop),
+        Ok(stream) => {
+            let left = deadline.saturating_duration_since(Instant::now());
+            happens(stream, PollFlags::POLLHUP, left).map(drop)
+        }
         Err(_) => Ok(()),
     }
 }

@@ -54,6 +54,15 @@ const LEAVE_PATIENCE: Duration = Duration::from_millis(250);
 /// How long containerd waits.
 const LIMIT: Duration = Duration::from_secs(5);
 
+// Each step has some time of its own, and all of them have less than containerd gives.
+const _: () = assert!(
+    ANSWERED.as_millis() < ASKED.as_millis()
+        && ASKED.as_millis() < ENDED.as_millis()
+        && ENDED.as_millis() + LEAVE_PATIENCE.as_millis() < KILLED_BY.as_millis()
+        && KILLED_BY.as_millis() < HOOKED.as_millis()
+        && HOOKED.as_millis() < LIMIT.as_millis()
+);
+
 /// Why something was left behind.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -169,8 +178,8 @@ enum Standing {
     Needed,
     /// It is on its way out.
     Ending,
-    /// It has left its place to another.
-    Replaced,
+    /// It has left its place, where another may be now.
+    Left,
     /// Nothing.
     Silent,
 }
@@ -179,11 +188,9 @@ enum Standing {
 fn standing(asked: &Asked, socket: &Path, bundle: &Path) -> Standing {
     match asked {
         Asked::Nobody if socket.exists() => Standing::Silent,
-        Asked::Nobody => Standing::Ending,
-        Asked::Another => Standing::Replaced,
-        Asked::Refused | Asked::Answered(_) if is_alone(bundle) || disappears(socket) => {
-            Standing::Ending
-        }
+        Asked::Nobody | Asked::Another => Standing::Left,
+        Asked::Refused | Asked::Answered(_) if is_alone(bundle) => Standing::Ending,
+        Asked::Refused | Asked::Answered(_) if disappears(socket) => Standing::Left,
         Asked::Refused | Asked::Answered(_) => Standing::Needed,
     }
 }
@@ -215,7 +222,7 @@ fn disappears(socket: &Path) -> bool {
 fn end_shim(state: &State, standing: Standing, bundle: &Path, clock: &Clock) -> Result<(), Error> {
     match standing {
         Standing::Needed => return Ok(()),
-        Standing::Ending | Standing::Replaced => state.shim.wait(clock.left(ENDED)),
+        Standing::Ending | Standing::Left => state.shim.wait(clock.left(ENDED)),
         Standing::Silent => {}
     }
     let killed = state.shim.kill(clock.left(KILLED_BY)).map_err(Error::Kill);
@@ -226,8 +233,7 @@ fn end_shim(state: &State, standing: Standing, bundle: &Path, clock: &Clock) -> 
     };
     clock.note("control group removed");
     let heirs = match standing {
-        // There it is another's that lives.
-        Standing::Replaced => Ok(()),
+        Standing::Left => Ok(()),
         _ => wait_for_heirs(&state.socket, clock.left(KILLED_BY)),
     };
     let socket = heirs.and_then(|()| remove_dead_socket(&state.socket));
@@ -472,7 +478,10 @@ mod tests {
                 let looking = listener.accept().unwrap();
                 drop((listener, looking, input));
             });
-            call(dir.path()).unwrap();
+            let called = call(dir.path());
+            // If it did not look, somebody has to.
+            drop(std::os::unix::net::UnixStream::connect(&socket));
+            called.unwrap();
         });
         assert!(!socket.exists());
     }

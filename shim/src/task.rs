@@ -361,13 +361,16 @@ impl Tasks {
     }
 
     /// Ends the shim, unless it still has tasks. containerd never asks for that `now`. Our own `delete` does if it could not delete the
-    /// task that it names: then nobody will, and it is none to stay for.
-    fn shutdown(&self, request: &ShutdownRequest) {
+    /// task that it names, whether that still runs or not: nobody will ask for it any more, so it is none to stay for, and is deleted as
+    /// soon as the guest lets it go.
+    fn shutdown(self: &Arc<Self>, request: &ShutdownRequest) {
         let mut table = self.table();
+        let mut given_up = false;
         if request.now
             && let Some(Entry::Ready(container)) = table.entries.get_mut(&request.id)
         {
             container.given_up = true;
+            given_up = true;
         }
         let may_be_none = |entry: &Entry| entry.is_given_up() || entry.is_being_created();
         if table.entries.values().all(Entry::is_given_up) {
@@ -375,6 +378,16 @@ impl Tasks {
         } else if table.entries.values().all(may_be_none) {
             // Its client may have lost patience, and nobody will ask again.
             table.end_wanted = true;
+        }
+        let pursue = given_up && !table.closing;
+        drop(table);
+        if pursue {
+            let (tasks, id) = (Arc::clone(self), request.id.clone());
+            tokio::spawn(async move {
+                if let Err(error) = tasks.discard(&id).await {
+                    log::error!("container {id:?} stays until the machine ends: {error}");
+                }
+            });
         }
     }
 

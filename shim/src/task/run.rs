@@ -408,11 +408,14 @@ impl Tasks {
             log::debug!("the end of {id:?} is known: {}", told.is_ok());
         }
         if exec_id.is_empty() {
-            let hooks = self.with(id, |container| {
+            let (hooks, given_up) = self.with(id, |container| {
                 container.init.stand_in = None;
-                Ok(container.hooks.clone())
+                Ok((container.hooks.clone(), container.given_up))
             })?;
-            hooks.run_last().await;
+            // `delete` has run them then, and the bundle in which that is noted may be gone.
+            if !given_up {
+                hooks.run_last().await;
+            }
         }
         let (exit, pid, deleted) = self.with(id, |container| {
             let process = process(container, exec_id)?;
