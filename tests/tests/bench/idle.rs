@@ -55,10 +55,11 @@ pub fn idle(_: &Site) -> Result<Vec<Row>> {
 fn with_machine(world: &World) -> Result<Vec<f64>> {
     let container = world.container(Runtime::Bulkhead, "busybox")?;
     let running = container.start(&["tail", "-f", "/dev/null"])?;
-    let vmm = vmm()?;
-    // What a start leaves to be done later is done after this.
-    counted(vmm)?;
-    let with = (0..REPEATS).map(|_| counted(vmm)).collect();
+    let with = vmm().and_then(|vmm| {
+        // What a start leaves to be done later is done after this.
+        counted(vmm)?;
+        (0..REPEATS).map(|_| counted(vmm)).collect()
+    });
     remove(running, &with)?;
     with
 }

@@ -31,7 +31,7 @@ const VMM: &str = "bulkhead-vmm";
 /// How often a measurement is tried.
 ///
 /// QEMU raises an interrupt that was injected into a guest a second time, if it has to look at its own timers before the guest
-/// leaves to its host or has an exception (`helper_vmrun` leaves the vector in `exception_index`, which a reached limit of `-icount`
+/// exits to its host or has an exception (`helper_vmrun` leaves the vector in `exception_index`, which a reached limit of `-icount`
 /// makes an exception). The guest's handler is then interrupted by itself, and waits for a lock that it holds; a machine that works
 /// for seconds is likely to be hit.
 const ATTEMPTS: usize = 8;
@@ -157,9 +157,14 @@ fn insist<T>(limit: Duration, mut measure: impl FnMut() -> Result<T>) -> Result<
 /// Measures, and ends the machine if that takes longer than `limit`, so that nobody waits for it any more.
 fn within<T>(limit: Duration, measure: impl FnOnce() -> Result<T>) -> Result<T> {
     let (measuring, measured) = mpsc::channel::<()>();
-    let watch = thread::spawn(move || match measured.recv_timeout(limit) {
-        Err(RecvTimeoutError::Timeout) => kill_machines().map(|()| true),
-        _ => Ok(false),
+    let watch = thread::spawn(move || {
+        let mut late = false;
+        // Again, if one was started since then.
+        while measured.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+            kill_machines()?;
+            late = true;
+        }
+        Ok(late)
     });
     let result = measure();
     drop(measuring);

@@ -48,8 +48,8 @@ fn a_restart_of_containerd_loses_no_byte_and_no_event() {
         shim.exec(id, exec, &["sleep", "1000"], &nothing).unwrap();
         pids.push(shim.start(id, exec).unwrap());
     }
-    // An event that containerd has and has not answered for comes again. Before the output, which is more than a FIFO holds, is here,
-    // the answer to this one has left.
+    // An event that containerd has and has not answered for comes again. The answer to this one leaves at once, long before the output is
+    // here, which is more than a FIFO holds.
     let mut events = peer.events.until(id, "exec-started y").unwrap();
     let mut output = vec![0; 100_000];
     reader.read_exact(&mut output).unwrap();
