@@ -42,8 +42,9 @@ use crate::stand_in::{self, Mailbox, Stops};
 /// At most one event for want of memory in this time, for each container: a hostile guest can make up any number.
 const OOM_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long a shim that ends waits for a container that is being created to come to nothing.
-const CREATE_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a shim that ends waits for a container that is being created to come to nothing: programs that make its disks may need some
+/// seconds on a busy host, and would be left in the control group.
+const CREATE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The tasks of a shim.
 #[derive(Debug)]

@@ -496,23 +496,10 @@ impl Shim {
 
     /// The VMM: of the shim's processes the one that stands for nothing in the guest.
     pub async fn vmm(&self, stand_ins: &[u32]) -> u32 {
-        let children = self.children().await;
-        let mut others = children.iter().filter(|pid| !stand_ins.contains(pid));
-        *others.next().unwrap()
-    }
-
-    /// Whether the VMM is executed.
-    pub async fn has_vmm(&self) -> bool {
-        let line = |pid| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let mut lines = self.children().await.into_iter().map(line);
-        lines.any(|line| line.starts_with(b"bulkhead-vmm"))
-    }
-
-    async fn children(&self) -> Vec<u32> {
         let (pid, _) = self.pids("").await;
         let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-        let children = children.split_whitespace();
-        children.map(|pid| pid.parse().unwrap()).collect()
+        let mut children = children.split_whitespace().map(|pid| pid.parse().unwrap());
+        children.find(|pid| !stand_ins.contains(pid)).unwrap()
     }
 
     /// How often the shim has a file open.
