@@ -96,7 +96,8 @@ pub fn start_helper(work: impl FnOnce()) -> io::Result<OwnedFd> {
     match fork_into(0, None)? {
         Fork::Parent(_, descriptor) => Ok(descriptor),
         Fork::Child => {
-            close_copies(&[]);
+            // If it failed, others would wait until the work is done. That it is not done is worse.
+            drop(close_copies(&[]));
             work();
             exit(0)
         }
@@ -105,22 +106,24 @@ pub fn start_helper(work: impl FnOnce()) -> io::Result<OwnedFd> {
 
 /// Closes, in a copy of a process, every descriptor from 3 on but these. For a copy that uses and drops none of the others any more: as
 /// long as it has them, whoever is at their other ends waits.
-pub fn close_copies(kept: &[BorrowedFd<'_>]) {
+pub fn close_copies(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
     let close = |first: RawFd, last: RawFd| {
-        if first <= last {
-            // SAFETY: no memory is involved. What owns these descriptors is a copy, too, in a process without another thread, which
-            // uses and drops none of it: it executes a program or ends. The call can fail for a wrong range only.
-            unsafe { libc::close_range(first as libc::c_uint, last as libc::c_uint, 0) };
+        if first > last {
+            return Ok(());
         }
+        // SAFETY: no memory is involved. What owns these descriptors is a copy, too, in a process without another thread, which
+        // uses and drops none of it: it executes a program or ends.
+        let closed = unsafe { libc::close_range(first as libc::c_uint, last as libc::c_uint, 0) };
+        check(closed.into()).map(drop)
     };
     let mut kept: Vec<RawFd> = kept.iter().map(|kept| kept.as_raw_fd()).collect();
     kept.sort_unstable();
     let mut first = 3;
     for kept in kept.into_iter().filter(|&kept| kept >= 3) {
-        close(first, kept - 1);
+        close(first, kept - 1)?;
         first = kept + 1;
     }
-    close(first, RawFd::MAX);
+    close(first, RawFd::MAX)
 }
 
 /// From `linux/sched.h`; libc has it with a type that overflows.

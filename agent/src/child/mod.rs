@@ -272,11 +272,16 @@ fn begin<'fd>(
     let stdio = stdio.map(|stdio| [&stdio.input, &stdio.output, &stdio.error]);
     let stdio = stdio.into_iter().flatten().map(AsFd::as_fd);
     let kept: Vec<_> = kept.chain(stdio).chain([channel.as_fd()]).collect();
-    sys::close_copies(&kept);
+    keep_only(&kept)?;
     sys::reset_signals().context(|| "resetting signals".into())?;
     rustix::process::setsid()
         .context(|| "beginning a session".into())
         .map(drop)
+}
+
+/// Closes all descriptors but the standard streams and these.
+fn keep_only(kept: &[BorrowedFd<'_>]) -> Result<(), Error> {
+    sys::close_copies(kept).context(|| "closing the agent's descriptors".into())
 }
 
 /// Joins the keyring that the processes of a container share.

@@ -12,7 +12,7 @@ use std::path::Path;
 use rustix::mount::MountPropagationFlags;
 
 use super::channel::Child;
-use super::{Container, identities, mounts, root};
+use super::{Container, identities, keep_only, mounts, root};
 use crate::error::{Context, Error};
 use crate::oci::mount::{Kind, Mount};
 use crate::sys::{self, map_mount};
@@ -91,7 +91,6 @@ impl Container {
 
 /// Prepares what a container needs from outside, hands it over (the root first, then the mounts) and ends.
 pub fn run(container: &Container, channel: &Child) -> ! {
-    sys::close_copies(&[channel.as_fd()]);
     let code = match prepare(container, channel) {
         Ok(()) => 0,
         Err(error) => {
@@ -103,6 +102,7 @@ pub fn run(container: &Container, channel: &Child) -> ! {
 }
 
 fn prepare(container: &Container, channel: &Child) -> Result<(), Error> {
+    keep_only(&[channel.as_fd()])?;
     if container.is_set_outside("net/") {
         let asked = container.sysctls.iter();
         let asked = asked.map(|(path, value)| (path.as_str(), value.as_str()));

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::channel::Child;
-use super::{hooks, read_limited, search};
+use super::{hooks, keep_only, read_limited, search};
 use crate::error::{Context, Error};
 use crate::oci::program::Program;
 use crate::sys;
@@ -85,8 +85,8 @@ pub fn start(
     match channel {
         // It may wait for long, and has what it was built from open: the guest's root, other containers' namespaces.
         Some(channel) => {
-            sys::close_copies(&[channel.as_fd()]);
-            super::end(become_it(), channel)
+            let closed = keep_only(&[channel.as_fd()]);
+            super::end(closed.and_then(|()| become_it()), channel)
         }
         None => become_it(),
     }
