@@ -73,7 +73,7 @@ impl Default for Options {
 }
 
 impl Mount {
-    /// Reads an entry. One whose identities are mapped, but not as what, has them as the container's `own` user namespace.
+    /// Reads an entry. `idmap` or `ridmap` without mappings takes those of the container's user namespace (`own`).
     pub fn new(entry: &Entry, own: &Mappings) -> Result<Self, Error> {
         if entry.destination().as_os_str().is_empty() {
             return Err(Error::InvalidArgument(
@@ -122,16 +122,22 @@ impl Mount {
         }
         let mappings = match (mappings.are_empty(), options.id_mapped) {
             ((true, true), None) => None,
-            ((false, false), _) if matches!(kind, Kind::Bind { .. }) => Some(mappings),
-            ((false, false), _) => {
+            _ if !matches!(kind, Kind::Bind { .. }) => {
                 return Err(super::refused(&format!(
-                    "{}: uidMappings of a mount that is no bind",
+                    "{}: mapped identities of a mount that is no bind",
+                    name()
+                )));
+            }
+            ((false, false), _) => Some(mappings),
+            ((true, true), Some(_)) => {
+                return Err(Error::InvalidArgument(format!(
+                    "{}: to map the identities of a mount, uidMappings and gidMappings are needed, or a user namespace",
                     name()
                 )));
             }
             _ => {
                 return Err(Error::InvalidArgument(format!(
-                    "{}: to map the identities of a mount, uidMappings and gidMappings are needed, both of them, or a user namespace",
+                    "{}: it has only one of uidMappings and gidMappings: give it both",
                     name()
                 )));
             }
@@ -401,19 +407,47 @@ mod tests {
 
     #[test]
     fn what_cannot_be_done_is_refused() {
-        for bad in [
-            r#"{"destination":"","type":"tmpfs"}"#,
-            r#"{"destination":"/x"}"#,
-            r#"{"destination":"/x","type":"bind","source":"relative"}"#,
-            r#"{"destination":"/x","type":"bind","source":"/y","options":["size=1"]}"#,
-            r#"{"destination":"/x","type":"bind","source":"/y","options":["bind","idmap"]}"#,
-            r#"{"destination":"/x","type":"bind","source":"/y","uidMappings":[{"containerID":0,"hostID":1,"size":1}]}"#,
-            r#"{"destination":"/x","type":"tmpfs","uidMappings":[{"containerID":0,"hostID":1,"size":1}],"gidMappings":[{"containerID":0,"hostID":1,"size":1}]}"#,
+        let own = json!([{"containerID": 0, "hostID": 1, "size": 1}]);
+        let own = serde_json::from_value(own).unwrap();
+        let (none, own) = (Mappings::default(), Mappings::new(&own, &own));
+        for (own, bad, why) in [
+            (&none, r#"{"destination":"","type":"tmpfs"}"#, "destination"),
+            (&none, r#"{"destination":"/x"}"#, "no type"),
+            (
+                &none,
+                r#"{"destination":"/x","type":"bind","source":"relative"}"#,
+                "absolute",
+            ),
+            (
+                &none,
+                r#"{"destination":"/x","type":"bind","source":"/y","options":["size=1"]}"#,
+                "size=1",
+            ),
+            (
+                &none,
+                r#"{"destination":"/x","type":"bind","source":"/y","options":["bind","idmap"]}"#,
+                "a user namespace",
+            ),
+            (
+                &own,
+                r#"{"destination":"/x","type":"bind","source":"/y","options":["idmap"],"uidMappings":[{"containerID":0,"hostID":1,"size":1}]}"#,
+                "give it both",
+            ),
+            (
+                &none,
+                r#"{"destination":"/x","type":"tmpfs","uidMappings":[{"containerID":0,"hostID":1,"size":1}],"gidMappings":[{"containerID":0,"hostID":1,"size":1}]}"#,
+                "no bind",
+            ),
+            (
+                &own,
+                r#"{"destination":"/x","type":"tmpfs","options":["idmap"]}"#,
+                "mapped identities",
+            ),
         ] {
-            assert!(
-                matches!(mount(bad), Err(Error::InvalidArgument(_))),
-                "{bad}"
-            );
+            match Mount::new(&serde_json::from_str(bad).unwrap(), own) {
+                Err(Error::InvalidArgument(text)) => assert!(text.contains(why), "{bad}: {text}"),
+                other => panic!("{bad}: {other:?}"),
+            }
         }
     }
 }
