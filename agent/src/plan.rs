@@ -63,6 +63,13 @@ impl Plan {
         let device_rules = resources.devices().as_deref().unwrap_or_default();
         let hooks = spec.hooks().clone().unwrap_or_default();
         let mappings = mappings(namespaces, linux)?;
+        let has_names = namespaces.has(sys::CLONE_NEWUTS);
+        let domainname = name("domainname", spec.domainname())?;
+        if let (Some(name), false) = (&domainname, has_names) {
+            return Err(Error::InvalidArgument(format!(
+                "domainname is {name:?}: it needs a UTS namespace of the container's own"
+            )));
+        }
         let propagation = linux
             .rootfs_propagation()
             .as_deref()
@@ -88,8 +95,9 @@ impl Plan {
                 .and_then(|root| root.readonly())
                 .unwrap_or(false),
             propagation: propagation.map(mount::parse_propagation).transpose()?,
-            hostname: name(namespaces, "hostname", spec.hostname())?,
-            domainname: name(namespaces, "domainname", spec.domainname())?,
+            // In the sandbox's namespace it would rename the sandbox, which has its host name already.
+            hostname: name("hostname", spec.hostname())?.filter(|_| has_names),
+            domainname,
             sysctls: sysctls(linux.sysctl().as_ref().unwrap_or(&HashMap::new()))?,
             masked: linux.masked_paths().clone().unwrap_or_default(),
             read_only_paths: linux.readonly_paths().clone().unwrap_or_default(),
@@ -135,22 +143,13 @@ fn absolute(kind: &str, hooks: &Option<Vec<Hook>>) -> Result<Vec<Hook>, Error> {
     Ok(hooks.clone().unwrap_or_default())
 }
 
-/// A name that is set in the container's own UTS namespace. In the sandbox's it would rename the sandbox, which has its host name already,
-/// and no domain name.
-fn name(
-    namespaces: Namespaces,
-    field: &str,
-    name: &Option<String>,
-) -> Result<Option<String>, Error> {
-    match name.as_deref().filter(|name| !name.is_empty()) {
+/// A name of a UTS namespace, if one is given.
+fn name(field: &str, name: &Option<String>) -> Result<Option<String>, Error> {
+    match name.clone().filter(|name| !name.is_empty()) {
         Some(name) if name.len() > 64 => Err(Error::InvalidArgument(format!(
             "{field} is {name:?}: it may have 64 bytes"
         ))),
-        Some(name) if namespaces.has(sys::CLONE_NEWUTS) => Ok(Some(name.to_owned())),
-        Some(name) if field == "domainname" => Err(Error::InvalidArgument(format!(
-            "{field} is {name:?}: it needs a UTS namespace of the container's own"
-        ))),
-        _ => Ok(None),
+        name => Ok(name),
     }
 }
 
