@@ -2,16 +2,18 @@
 
 use std::process::Command;
 
+/// In the environment of a process that runs one test only.
+const ALONE: &str = "BULKHEAD_TEST_ALONE";
+
 /// Whether this process runs the calling test only. If not, it is run here in a process that does, and is the caller's no more.
 ///
 /// Other tests' threads start programs at any time, each in a process that has copies of all descriptors until the program is
 /// executed. What the test has closed stays open or locked so long, and what it has written cannot be executed.
 pub fn alone() -> bool {
-    const ALONE: &str = "BULKHEAD_TEST_ALONE";
     let thread = std::thread::current();
     let test = thread.name().expect("a test's thread has its name");
     // Tests that run one after the other do so in the main thread.
-    if test == "main" || std::env::var_os(ALONE).is_some() {
+    if test == "main" || runs_alone() {
         return true;
     }
     let output = Command::new(std::env::current_exe().unwrap())
@@ -23,4 +25,9 @@ pub fn alone() -> bool {
     let (results, errors) = (printed(&output.stdout), printed(&output.stderr));
     assert!(results.contains("1 passed"), "{results}{errors}");
     false
+}
+
+/// Whether this process was started by [`alone`], to run one test only.
+pub fn runs_alone() -> bool {
+    std::env::var_os(ALONE).is_some()
 }

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 
 use super::cache::Cache;
 use crate::disk::DiskFiles;
+use crate::testing::runs_alone;
 
 /// Runs a program and returns what it printed; its failure is the test's.
 pub fn run(program: &str, arguments: &[&str]) -> String {
@@ -93,8 +94,13 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // A program that another test starts just now may have a copy of a file in it open, until it is executed.
-        run("umount", &["--lazy", self.target.to_str().unwrap()]);
+        let target = self.target.to_str().unwrap();
+        if runs_alone() {
+            run("umount", &[target]);
+        } else {
+            // A program that another test starts just now may have a copy of a file in it open, until it is executed.
+            run("umount", &["--lazy", target]);
+        }
     }
 }
 
