@@ -152,6 +152,7 @@ impl Error {
                 | spec::Error::TwoNamespaces(_)
                 | spec::Error::ForeignNamespace(_)
                 | spec::Error::ForeignNetwork(_)
+                | spec::Error::SandboxDomain(_)
                 | spec::Error::Backing(_),
             )
             | Self::Streams(_) => Code::INVALID_ARGUMENT,

@@ -58,6 +58,10 @@ pub enum Error {
         major: i64,
         minor: i64,
     },
+    #[error(
+        "domainname is {0:?}: the machine of a pod has no domain name; give it to a container with a UTS namespace of its own"
+    )]
+    SandboxDomain(String),
     #[error(transparent)]
     Backing(#[from] backing::Error),
 }
@@ -94,6 +98,15 @@ impl<'a> Spec<'a> {
     /// The host name; empty if there is none.
     pub fn hostname(&self) -> Result<String, Error> {
         Ok(part(&self.fields, "hostname")?.unwrap_or_default())
+    }
+
+    /// Refuses what the sandbox of a pod cannot have. Its text never reaches the guest, so the agent cannot do so.
+    pub fn check_sandbox(&self) -> Result<(), Error> {
+        let name: String = part(&self.fields, "domainname")?.unwrap_or_default();
+        if name.is_empty() {
+            return Ok(());
+        }
+        Err(Error::SandboxDomain(name))
     }
 
     /// The root file system.
@@ -582,6 +595,12 @@ mod tests {
             assert!(refused.to_string().contains(kind), "{refused}");
             assert!(matches!(guest(&twice), Err(Error::TwoNamespaces(_))));
         }
+        let sandbox = |text: &str| Spec::parse(text.as_bytes()).unwrap().check_sandbox();
+        let refused = sandbox(r#"{"hostname":"h","domainname":"d"}"#).unwrap_err();
+        assert!(refused.to_string().contains("domainname"), "{refused}");
+        let code = crate::error::Error::from(refused).code();
+        assert_eq!(code, ttrpc::Code::INVALID_ARGUMENT);
+        assert!(sandbox(r#"{"hostname":"h","domainname":""}"#).is_ok());
         let mut broken = config();
         broken["mounts"] = json!("x");
         assert!(matches!(

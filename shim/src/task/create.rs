@@ -72,7 +72,10 @@ impl Tasks {
         let [sysctls, late_sysctls] = spec.sysctls(comes_later)?;
         let backing = backing(&config, &request);
         let (for_guest, binds) = match kind {
-            Kind::Sandbox => (Vec::new(), Binds::default()),
+            Kind::Sandbox => {
+                spec.check_sandbox()?;
+                (Vec::new(), Binds::default())
+            }
             Kind::Member | Kind::Single => {
                 let binds = Binds::open(spec.binds(&bundle)?).map_err(rootfs::Error::from)?;
                 let owner = |path: &Path| self.owner_of_namespace(path);
