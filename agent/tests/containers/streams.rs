@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use containerd_shim_protos::api::ResizePtyRequest;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::json;
+use tokio::net::unix::pipe;
 
 use crate::guest::{Guest, all, bind, context, process, spec};
 
@@ -84,15 +85,18 @@ pub async fn an_input_ends_while_another_containers_hook_runs(guest: &Guest) {
     let create = guest.create("hooked", &hooked, &bound, &others, false);
     let mut go = OpenOptions::new();
     let mut go = go.read(true).write(true).open(root.join("go")).unwrap();
-    let begun = tokio::task::spawn_blocking(move || std::fs::read(root.join("begun")));
+    let mut begun = pipe::OpenOptions::new();
+    let begun = begun.read_write(true).open_receiver(root.join("begun"));
+    let begun = begun.unwrap();
     let meanwhile = async {
-        begun.await.unwrap().unwrap();
+        begun.readable().await.unwrap();
         drop(streams.input.take());
         assert_eq!(guest.wait("reads", "").await.unwrap(), 0);
         go.write_all(b"\n").unwrap();
+        Ok(())
     };
     // If the input does not end, the hook takes too long.
-    tokio::join!(create, meanwhile).0.unwrap();
+    tokio::try_join!(create, meanwhile).unwrap();
     guest.delete("reads", "").await.unwrap();
     guest.delete("hooked", "").await.unwrap();
 }
