@@ -198,17 +198,20 @@ fn the_link_goes_down_and_up() {
     assert_eq!(net.dropped().unlinked, 3);
 }
 
-/// How often the device's thread has gone to sleep.
-fn sleeps(name: &str) -> u64 {
+/// Whether the device's thread sleeps, and how often it has given way by itself.
+fn sleeps(name: &str) -> (bool, u64) {
     for task in fs::read_dir("/proc/self/task").unwrap() {
         let Ok(status) = fs::read_to_string(task.unwrap().path().join("status")) else {
             continue;
         };
         if status.starts_with(&format!("Name:\t{name}\n")) {
-            let line = status
-                .lines()
-                .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-            return line.unwrap().trim().parse().unwrap();
+            let value = |field: &str| {
+                let mut lines = status.lines();
+                let value = lines.find_map(|line| line.strip_prefix(field)).unwrap();
+                value.trim()
+            };
+            let switches = value("voluntary_ctxt_switches:").parse().unwrap();
+            return (value("State:").starts_with('S'), switches);
         }
     }
     panic!("no thread {name}");
@@ -241,13 +244,17 @@ fn nobody_spins_while_a_frame_waits_for_buffers() {
     };
     // It may be a while until it falls asleep.
     let start = Instant::now();
-    while {
+    let asleep = loop {
         let before = sleeps("idle:0");
         work();
-        sleeps("idle:0") != before
-    } {
-        assert!(start.elapsed().as_secs() < 60);
-    }
+        let after = sleeps("idle:0");
+        if after == before && after.0 {
+            break after;
+        }
+        assert!(start.elapsed().as_secs() < 60, "{before:?} {after:?}");
+    };
+    work();
+    assert_eq!(sleeps("idle:0"), asleep);
     rig.give(4, 200);
     rig.receive();
 }
