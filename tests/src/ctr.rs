@@ -21,10 +21,10 @@ use crate::site::{self, Site};
 use crate::step;
 
 /// How long one call of ctr may take, on an emulated node with other work to do.
-const CALL_LIMIT: Duration = Duration::from_secs(1200);
+const CALL_LIMIT: Duration = Duration::from_secs(600);
 
 /// How long it may take until nothing is left of what has ended.
-const SETTLE_LIMIT: Duration = Duration::from_secs(60);
+const SETTLE_LIMIT: Duration = Duration::from_secs(30);
 
 /// How much of containerd's log a failed test shows: what the shims say is in it, too.
 const LOG_LINES: usize = 40;

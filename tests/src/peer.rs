@@ -26,7 +26,7 @@ use crate::oci;
 use crate::site::Site;
 
 /// Longer than any single thing takes, on an emulated node with other work to do.
-pub const PATIENCE: Duration = Duration::from_secs(180);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The namespace of all tasks, the one that `ctr` uses too.
 pub const NAMESPACE: &str = "default";

@@ -132,12 +132,6 @@ disabled_plugins = [
 ]
 [grpc]
 address = "{directory}/containerd.sock"
-# Two to five seconds are short for an emulated node with other work to do.
-[timeouts]
-"io.containerd.timeout.shim.cleanup" = "60s"
-"io.containerd.timeout.shim.load" = "60s"
-"io.containerd.timeout.shim.shutdown" = "60s"
-"io.containerd.timeout.task.state" = "60s"
 "#
         );
         write(&self.directory.join("containerd.toml"), &containerd)?;

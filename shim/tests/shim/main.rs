@@ -25,7 +25,7 @@ use protobuf::well_known_types::any::Any;
 use serde_json::json;
 use ttrpc::Code;
 
-use harness::{Host, PATIENCE, SHIM, SOON, Shim, code, context, gone, kill, read_all, text};
+use harness::{Host, PATIENCE, SHIM, Shim, code, context, gone, kill, read_all, text};
 
 const KILL: i32 = 9;
 const TERM: i32 = 15;
@@ -861,10 +861,12 @@ async fn nothing_waits_for_a_machine_that_boots() {
         async move { shim.task.create(context(), &request).await }
     });
     for _ in 0..100 {
+        let asked = Instant::now();
         assert_eq!(
             code(&shim.state("c1", "").await.unwrap_err()),
             Code::NOT_FOUND
         );
+        assert!(asked.elapsed() < Duration::from_secs(2));
     }
     assert!(!create.is_finished());
     // Shutdown does not end a shim that is making a container; a signal does, and with it the machine.
@@ -1045,7 +1047,7 @@ async fn delete_cleans_up_after_a_dead_shim() {
         let asked = Instant::now();
         let response = host.delete(&bundle);
         assert_eq!(response.exit_status, 137);
-        assert!(response.exited_at.seconds > 0 && asked.elapsed() < SOON);
+        assert!(response.exited_at.seconds > 0 && asked.elapsed() < Duration::from_secs(5));
     }
     gone(pid).await;
     assert_eq!(host.remains(), [""; 0]);
@@ -1114,7 +1116,7 @@ async fn delete_leaves_a_shim_to_its_other_tasks() {
     assert_eq!(shim.pids("c4").await, (shim_pid, pid));
     let asked = Instant::now();
     assert_eq!(host.delete(&first).exit_status, 137);
-    assert!(asked.elapsed() < SOON);
+    assert!(asked.elapsed() < Duration::from_secs(5));
     gone(shim_pid).await;
     assert_eq!(host.remains(), [""; 0]);
     host.hang_up().await;
@@ -1135,7 +1137,7 @@ async fn delete_leaves_a_shim_that_cannot_delete_a_task_to_its_others() {
         let delete = |host: &Host, bundle| {
             let asked = Instant::now();
             assert_eq!(host.delete(bundle).exit_status, 137);
-            assert!(asked.elapsed() < SOON);
+            assert!(asked.elapsed() < Duration::from_secs(5));
         };
         let group = json!({"io.containerd.runc.v2.group": "group"});
         let (first, second) = match of_first {
@@ -1195,7 +1197,7 @@ async fn delete_ends_a_shim_that_hangs() {
     kill(shim_pid, Signal::SIGSTOP);
     let asked = Instant::now();
     assert_eq!(host.delete(&bundle).exit_status, 137);
-    assert!(asked.elapsed() < SOON);
+    assert!(asked.elapsed() < Duration::from_secs(5));
     gone(shim_pid).await;
     gone(pid).await;
     assert_eq!(host.remains(), [""; 0]);

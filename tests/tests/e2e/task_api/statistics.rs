@@ -100,10 +100,9 @@ fn statistics_are_what_was_done() {
         let (ticks, stats) = work(&world, runtime, &network);
         eprintln!("{runtime:?}: {ticks} ticks, {stats}");
         let (cpu, memory) = (&stats.cpu, &stats.memory);
-        // What runc does in the control group before there is the container's process is none of its processes'. How much of the four
-        // seconds that is depends on the node.
+        // What runc does in the control group before there is the container's process is none of its processes'.
         let percent = match runtime {
-            Runtime::Runc => 20,
+            Runtime::Runc => 10,
             Runtime::Bulkhead => 5,
         };
         let ticks = ticks * 10_000;
