@@ -549,7 +549,7 @@ fn statistics_are_those_of_the_container() {
 fn an_exec_joins_a_container_that_has_groups_of_its_own() {
     let world = World::new().unwrap();
     let [ours, runcs] = [Runtime::Bulkhead, Runtime::Runc].map(|runtime| {
-        let mut bundle = Bundle::new(&world.site().directory, "exec sleep 1000").unwrap();
+        let mut bundle = Bundle::new(&world.site().directory, "exec tail -f /dev/null").unwrap();
         let_groups_be_written(&mut bundle);
         let running = world.start_bundle(runtime, &bundle).unwrap();
         // As systemd does: no process stays where the controllers are given away. (cat is gone by then.)
@@ -571,7 +571,7 @@ fn an_exec_joins_a_container_that_has_groups_of_its_own() {
 fn an_exec_is_confined_as_its_container() {
     let world = World::new().unwrap();
     let [ours, runcs] = [Runtime::Bulkhead, Runtime::Runc].map(|runtime| {
-        let mut bundle = Bundle::new(&world.site().directory, "exec sleep 1000").unwrap();
+        let mut bundle = Bundle::new(&world.site().directory, "exec tail -f /dev/null").unwrap();
         set(
             &mut bundle,
             "/linux/seccomp",
