@@ -491,21 +491,15 @@ async fn a_vmm_that_breaks_the_protocol_is_killed() {
 }
 
 async fn a_guest_that_hangs_is_given_up_with_its_console() {
-    let console = "; its console's last lines:\n  Linux version 6.12\n  VFS: no root";
-    // On a busy host, the VMM may be given up before it has written that.
-    for seconds in ["0.3", "3", "30"] {
-        let mut spec = spec("silent");
-        spec.boot_timeout = Duration::from_secs_f32(seconds.parse().unwrap());
-        let error = Machine::start(spec).await.unwrap_err().to_string();
-        let timeout = format!(
-            "the microVM's agent did not answer within {seconds} s (`boot_timeout_seconds` in the configuration)"
-        );
-        assert!(error.starts_with(&timeout), "{error}");
-        if error[timeout.len()..] == *console {
-            return;
-        }
-    }
-    panic!("its console's last lines are not told");
+    let mut spec = spec("silent");
+    // The time that a busy host may need to execute the VMM, which then writes to its console.
+    spec.boot_timeout = Duration::from_secs(3);
+    let error = Machine::start(spec).await.unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "the microVM's agent did not answer within 3 s (`boot_timeout_seconds` in the configuration); \
+         its console's last lines:\n  Linux version 6.12\n  VFS: no root"
+    );
 }
 
 async fn dropping_ends_the_machine() {
