@@ -405,6 +405,21 @@ mod tests {
         delete(&args).map(|bytes| DeleteResponse::parse_from_bytes(&bytes).unwrap())
     }
 
+    /// A process that a bundle names as its shim. It ends when its input does.
+    fn shim(bundle: &Path, socket: &Path) -> std::process::Child {
+        let shim = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let state = State {
+            shim: ProcessId::of(shim.id() as i32).unwrap(),
+            socket: socket.into(),
+            cgroup: None,
+        };
+        state.write(bundle).unwrap();
+        shim
+    }
+
     #[test]
     fn a_half_made_bundle_is_as_good_as_deleted_again_and_again() {
         let dir = tempfile::tempdir().unwrap();
@@ -433,16 +448,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("socket");
         drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
-        let mut hung = std::process::Command::new("cat")
-            .stdin(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
-        let state = State {
-            shim: ProcessId::of(hung.id() as i32).unwrap(),
-            socket: socket.clone(),
-            cgroup: None,
-        };
-        state.write(dir.path()).unwrap();
+        let mut hung = shim(dir.path(), &socket);
         // Waiting would close it, and end the program.
         let _input = hung.stdin.take();
         // It is this test's child, which is gone when the test has waited for it.
@@ -461,16 +467,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("socket");
         let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-        let mut shim = std::process::Command::new("cat")
-            .stdin(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
-        let state = State {
-            shim: ProcessId::of(shim.id() as i32).unwrap(),
-            socket: socket.clone(),
-            cgroup: None,
-        };
-        state.write(dir.path()).unwrap();
+        let mut shim = shim(dir.path(), &socket);
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 // Nobody answers.
@@ -495,16 +492,7 @@ mod tests {
             return;
         }
         let dir = tempfile::tempdir().unwrap();
-        let mut ending = std::process::Command::new("cat")
-            .stdin(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
-        let state = State {
-            shim: ProcessId::of(ending.id() as i32).unwrap(),
-            socket: dir.path().join("socket"),
-            cgroup: None,
-        };
-        state.write(dir.path()).unwrap();
+        let mut ending = shim(dir.path(), &dir.path().join("socket"));
         std::thread::scope(|scope| {
             scope.spawn(|| call(dir.path()).unwrap());
             assert!(ending.wait().unwrap().success());
