@@ -10,12 +10,11 @@ const ALONE: &str = "BULKHEAD_TEST_ALONE";
 /// Other tests' threads start programs at any time, each in a process that has copies of all descriptors until the program is
 /// executed. What the test has closed stays open or locked so long, and what it has written cannot be executed.
 pub fn alone() -> bool {
-    let thread = std::thread::current();
-    let test = thread.name().expect("a test's thread has its name");
-    // Tests that run one after the other do so in the main thread.
-    if test == "main" || runs_alone() {
+    if runs_alone() {
         return true;
     }
+    let thread = std::thread::current();
+    let test = thread.name().expect("a test's thread has its name");
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", test])
         .env(ALONE, "1")

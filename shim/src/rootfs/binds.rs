@@ -348,6 +348,7 @@ mod tests {
 
     use super::super::testing::{Mounted, assert_same, run};
     use super::*;
+    use crate::testing::alone;
 
     fn bind(source: &Path, destination: &str, read_only: bool) -> Bind {
         Bind {
@@ -372,6 +373,9 @@ mod tests {
 
     #[test]
     fn files_and_trees_are_copied_as_they_are() {
+        if !alone() {
+            return;
+        }
         let directory = TempDir::new().unwrap();
         let at = |name: &str| directory.path().join(name);
         fs::write(at("hosts"), "127.0.0.1 localhost\n").unwrap();
@@ -458,6 +462,9 @@ mod tests {
 
     #[test]
     fn a_tree_with_other_mounts_is_refused() {
+        if !alone() {
+            return;
+        }
         let directory = TempDir::new().unwrap();
         fs::create_dir(directory.path().join("below")).unwrap();
         let _mounted = Mounted::over("tmpfs", "", "none", &directory.path().join("below"));

@@ -77,6 +77,8 @@ impl Mounted {
     }
 
     pub fn over(kind: &str, options: &str, source: &str, target: &Path) -> Self {
+        // A program that another test starts may have a copy of a file in it open until it is executed, and it could not be unmounted.
+        assert!(runs_alone(), "a test that mounts runs alone");
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
         run("mount", &["--make-rprivate", "/"]);
         let path = target.to_str().unwrap();
@@ -94,13 +96,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let target = self.target.to_str().unwrap();
-        if runs_alone() {
-            run("umount", &[target]);
-        } else {
-            // A program that another test starts just now may have a copy of a file in it open, until it is executed.
-            run("umount", &["--lazy", target]);
-        }
+        run("umount", &[self.target.to_str().unwrap()]);
     }
 }
 

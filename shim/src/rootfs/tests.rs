@@ -7,6 +7,7 @@ use tempfile::{NamedTempFile, TempDir};
 
 use super::testing::{Loop, Mounted, assert_same, content, fill, run, see, set_xattr};
 use super::*;
+use crate::testing::alone;
 
 /// A host: containerd's snapshots, and the configuration of a shim.
 struct Host {
@@ -99,6 +100,9 @@ fn mount_all(disk: &DiskFiles) -> (Vec<Mounted>, NamedTempFile) {
 
 #[tokio::test]
 async fn the_layers_of_an_overlay_show_what_they_show_under_runc() {
+    if !alone() {
+        return;
+    }
     let host = Host::new();
     let (base, changes, upper) = (host.snapshot(1), host.snapshot(2), host.snapshot(3));
     fill(&base);
@@ -152,6 +156,9 @@ async fn the_layers_of_an_overlay_show_what_they_show_under_runc() {
 
 #[tokio::test]
 async fn an_upper_directory_counts_when_something_is_in_it() {
+    if !alone() {
+        return;
+    }
     let host = Host::new();
     let (base, upper) = (host.snapshot(1), host.snapshot(2));
     fs::write(base.join("file"), "base").unwrap();
@@ -173,6 +180,9 @@ async fn an_upper_directory_counts_when_something_is_in_it() {
 
 #[tokio::test]
 async fn a_directory_is_a_root_file_system() {
+    if !alone() {
+        return;
+    }
     let host = Host::new();
     let directory = host.directory.path().join("rootfs");
     fs::create_dir(&directory).unwrap();
@@ -196,6 +206,9 @@ async fn a_directory_is_a_root_file_system() {
 
 #[tokio::test]
 async fn erofs_images_are_attached_as_they_are() {
+    if !alone() {
+        return;
+    }
     let host = Host::new();
     let images = [1, 2].map(|number| {
         let directory = host.snapshot(number);
